@@ -1,0 +1,42 @@
+"""What is erased or amplified."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from cad.errors import UserError
+
+KINDS = ("object", "style", "explicit")
+_NAME = re.compile(r"[a-z0-9]+(_[a-z0-9]+)*")
+
+
+@dataclass(frozen=True)
+class Concept:
+    """A concept and its prompts (paper Sec. 4; the prompts of conf/concept/NAME.yaml).
+
+    Raises UserError for a name that is not snake_case, an unknown kind, or an empty text or prompt.
+    """
+
+    name: str  # snake_case, as in conf/concept/NAME.yaml: "french_horn"
+    kind: str  # one of KINDS
+    text: str  # as written in prompts: "French horn", "pop art"
+    prompt: str  # c of Eq. 4: "French horn"; "a photo in the style of Monet"; "naked"
+    base_prompt: str = ""  # c_b of Eq. 4; empty is the unconditional model
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise UserError(
+                f"concept.name={self.name!r} is not snake_case: write it as in conf/concept/, "
+                "for example 'french_horn'."
+            )
+        if self.kind not in KINDS:
+            raise UserError(f"concept.kind={self.kind!r} is unknown; allowed: {', '.join(KINDS)}.")
+        for key in ("text", "prompt"):
+            if not getattr(self, key).strip():
+                raise UserError(f"concept.{key} of {self.name!r} is empty; write the words for it.")
+        if self.prompt == self.base_prompt:
+            raise UserError(
+                f"concept.prompt and concept.base_prompt of {self.name!r} are both "
+                f"{self.prompt!r}: the objective of Eq. 4 would be zero everywhere."
+            )

@@ -1,0 +1,211 @@
+"""The contract of every way to edit a model, and CAD's own edits (paper Sec. 5, Algorithms 1, 2).
+
+An edit is called with a model and concepts and returns a `WeightEdit`: a value. A new method (a
+baseline, a user's own) subclasses `Edit` and says what its settings are and what it changes;
+measuring and provenance are done here, once for all.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from cad.attribution import Attribution
+from cad.components import component_weights
+from cad.concepts import Concept
+from cad.errors import UserError
+from cad.instrument import Cost, measure
+from cad.models.base import DiffusionModel
+from cad.objectives import AmplifyObjective, EraseObjective, Objective
+from cad.references import References
+from cad.score_store import Scored, ScoreStore
+from cad.selection import Selection
+from cad.weight_edit import Change, Scale, WeightEdit, Zero
+
+LIBRARIES = ("torch", "diffusers", "transformers")
+
+
+class Edit(ABC):
+    """A way to edit a model: `edit(model, concept) -> WeightEdit`.
+
+    Deterministic for its settings; leaves the model and the global random state as found.
+    """
+
+    name: ClassVar[str]  # as in conf/edit/NAME.yaml
+
+    def __call__(self, model: DiffusionModel, concept: Concept, *more: Concept) -> WeightEdit:
+        """The changes that erase or amplify the concept, or several at once, with their cost.
+
+        Does not apply them. Raises UserError, before work is spent, where the method cannot be
+        used on this model, this concept, or several concepts.
+        """
+        concepts = (concept, *more)
+        with measure(model.device) as meter:
+            changes, borrowed = self.make(model, concepts)
+        provenance = {
+            "model": model.provenance(),
+            "edit": self.name,
+            "settings": dict(self.settings(concepts)),
+            "concepts": [asdict(each) for each in concepts],
+            "versions": {library: version(library) for library in LIBRARIES},
+        }
+        return WeightEdit(changes, provenance, borrowed + meter.cost)
+
+    @abstractmethod
+    def settings(self, concepts: Sequence[Concept]) -> Mapping[str, Any]:
+        """Everything that determines the edit beside model and concepts; JSON-able."""
+
+    @abstractmethod
+    def make(
+        self, model: DiffusionModel, concepts: Sequence[Concept]
+    ) -> tuple[dict[str, Change], Cost]:
+        """The changes by parameter name, and the cost of work taken from a cache (or `Cost()`)."""
+
+
+class NoEdit(Edit):
+    """The unedited model, as a row of every table."""
+
+    name = "none"
+
+    def settings(self, concepts: Sequence[Concept]) -> Mapping[str, Any]:
+        return {}
+
+    def make(
+        self, model: DiffusionModel, concepts: Sequence[Concept]
+    ) -> tuple[dict[str, Change], Cost]:
+        return {}, Cost()
+
+
+class _ScoredEdit(Edit):
+    """Attribute, select, change. Several concepts: each its own scores, then all that was chosen.
+
+    `store` keeps the scores on disk; None computes them every time.
+    """
+
+    sign: ClassVar[int]  # +1 chooses the most positive components, -1 the most negative
+
+    def __init__(
+        self, attribution: Attribution, selection: Selection, store: ScoreStore | None = None
+    ) -> None:
+        self.attribution = attribution
+        self.selection = selection
+        self.store = store
+
+    def settings(self, concepts: Sequence[Concept]) -> Mapping[str, Any]:
+        return {
+            "attribution": asdict(self.attribution),
+            "selection": asdict(self.selection),
+            "objectives": [dict(self.objective(concept).describe()) for concept in concepts],
+        }
+
+    def make(
+        self, model: DiffusionModel, concepts: Sequence[Concept]
+    ) -> tuple[dict[str, Change], Cost]:
+        self.selection.check(component_weights(model, self.attribution.component))
+        objectives = [self.objective(concept) for concept in concepts]
+        chosen: dict[str, Tensor] = {}
+        borrowed = Cost()
+        for objective in objectives:
+            scored = self._scored(model, objective)
+            for name, indices in self.selection.indices(scored.scores, self.sign).items():
+                chosen[name] = _union(chosen[name], indices) if name in chosen else indices
+            if scored.cost.cached:
+                borrowed += scored.cost
+        return {name: self.change(_compact(each)) for name, each in chosen.items()}, borrowed
+
+    @abstractmethod
+    def objective(self, concept: Concept) -> Objective:
+        """J whose components are chosen from."""
+
+    @abstractmethod
+    def change(self, indices: Tensor) -> Change:
+        """What becomes of the chosen components."""
+
+    def _scored(self, model: DiffusionModel, objective: Objective) -> Scored:
+        if self.store is None:
+            return Scored(self.attribution.scores(model, objective), Cost())
+        return self.store.scored(model, objective, self.attribution)
+
+
+class CADErase(_ScoredEdit):
+    """Algorithm 1: zeroes the components that promote the concept most (Eq. 4's positive ones)."""
+
+    name = "erase"
+    sign = +1
+
+    def objective(self, concept: Concept) -> Objective:
+        return EraseObjective(concept)
+
+    def change(self, indices: Tensor) -> Change:
+        return Zero(indices)
+
+
+class CADAmplify(_ScoredEdit):
+    """Algorithm 2: zeroes the components that suppress the concept most (Eq. 5's negative ones)."""
+
+    name = "amplify"
+    sign = -1
+
+    def __init__(
+        self,
+        attribution: Attribution,
+        selection: Selection,
+        references: References,
+        store: ScoreStore | None = None,
+    ) -> None:
+        super().__init__(attribution, selection, store)
+        self.references = references
+
+    def objective(self, concept: Concept) -> Objective:
+        return AmplifyObjective(concept, self.references)
+
+    def change(self, indices: Tensor) -> Change:
+        return Zero(indices)
+
+
+class CADRescale(_ScoredEdit):
+    """Table 11: erases by strengthening what suppresses: Eq. 4's negative components x factor.
+
+    Raises UserError unless factor > 1 (the paper: 1.5, 2, 3).
+    """
+
+    name = "rescale"
+    sign = -1
+
+    def __init__(
+        self,
+        attribution: Attribution,
+        selection: Selection,
+        factor: float,
+        store: ScoreStore | None = None,
+    ) -> None:
+        super().__init__(attribution, selection, store)
+        if not 1.0 < factor < float("inf"):
+            raise UserError(f"edit.factor={factor} is not allowed; it must be greater than 1.")
+        self.factor = factor
+
+    def settings(self, concepts: Sequence[Concept]) -> Mapping[str, Any]:
+        return {**super().settings(concepts), "factor": self.factor}
+
+    def objective(self, concept: Concept) -> Objective:
+        return EraseObjective(concept)
+
+    def change(self, indices: Tensor) -> Change:
+        return Scale(indices, self.factor)
+
+
+def _union(first: Tensor, second: Tensor) -> Tensor:
+    merged: Tensor = torch.cat([first, second]).unique()  # type: ignore[no-untyped-call]
+    return merged  # ascending
+
+
+def _compact(indices: Tensor) -> Tensor:
+    """int32 where it suffices, which halves the edit's file."""
+    fits = indices.max().item() <= torch.iinfo(torch.int32).max
+    return indices.to(torch.int32 if fits else torch.int64)

@@ -1,0 +1,215 @@
+"""The interface every diffusion model is used through.
+
+A new family is one sibling class: text in, network prediction out, the training target of its
+parameterisation, its noise process, its samplers, and image <-> latent. Phi stands for the network
+in its own parameterisation (epsilon, v or flow velocity), as in the paper.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from cad.digests import parameter_digest
+from cad.errors import UserError
+
+if TYPE_CHECKING:
+    from cad.sampling import Sampler
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What a denoiser is told about N prompts: named tensors, each (N, ...).
+
+    Which names there are is the adapter's business ("states"; "pooled" and "time_ids" for XL).
+    Raises ValueError where the tensors do not agree on N.
+    """
+
+    tensors: dict[str, Tensor]
+
+    def __post_init__(self) -> None:
+        lengths = {name: tensor.shape[0] for name, tensor in self.tensors.items()}
+        if len(set(lengths.values())) != 1:
+            raise ValueError(f"a conditioning needs tensors of one length, got {lengths}")
+
+    def __len__(self) -> int:
+        return next(iter(self.tensors.values())).shape[0]
+
+    def __getitem__(self, index: slice | Tensor) -> Conditioning:
+        """The prompts of a slice or of a (M,) int64 tensor, in that order."""
+        return Conditioning({name: tensor[index] for name, tensor in self.tensors.items()})
+
+    def expand(self, n: int) -> Conditioning:
+        """One prompt for n images, without copying: (1, ...) -> (n, ...)."""
+        if len(self) != 1:
+            raise ValueError(f"only a single prompt can be expanded, this has {len(self)}")
+        return Conditioning(
+            {name: tensor.expand(n, *tensor.shape[1:]) for name, tensor in self.tensors.items()}
+        )
+
+    @staticmethod
+    def cat(parts: Sequence[Conditioning]) -> Conditioning:
+        """Prompts of several conditionings one after another: (N_1 + N_2 + ..., ...)."""
+        names = parts[0].tensors
+        return Conditioning({name: torch.cat([p.tensors[name] for p in parts]) for name in names})
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where weights came from: a hub id (or the model's name) and a revision (or "local")."""
+
+    id: str
+    revision: str
+
+
+class DiffusionModel(ABC):
+    """A text-to-image latent diffusion model: Phi(x_t, c, t) with everything around it.
+
+    The constructor puts `denoiser` into eval mode and switches gradients off for all its
+    parameters; whoever needs gradients asks for them and gives them back (`cad.attribution`).
+    """
+
+    # Group name -> regular expression over the denoiser's parameter names (cad.components).
+    components: Mapping[str, str]
+
+    def __init__(
+        self,
+        name: str,
+        denoiser: nn.Module,
+        resolution: int,
+        latent_shape: tuple[int, int, int],
+        origin: Origin,
+    ) -> None:
+        self.name = name
+        self.denoiser = denoiser.eval().requires_grad_(False)
+        self.resolution = resolution  # pixels per side
+        self.latent_shape = latent_shape  # (C, h, w)
+        self.origin = origin
+        self._digests: dict[str, str] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.denoiser.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.denoiser.parameters()).dtype
+
+    def provenance(self) -> dict[str, str]:
+        """What identifies the model in keys and results; the same on every machine.
+
+        id, revision, class, prediction_type, dtype; `fingerprint`, the SHA-256 of the denoiser's
+        parameters as loaded; `pipeline`, the SHA-256 of what surrounds it (text encoder, image
+        autoencoder, scheduler). Both are computed once: inside `WeightEdit.applied` they are still
+        those of the unedited model.
+        """
+        if self._digests is None:
+            self._digests = {
+                "fingerprint": parameter_digest(self.denoiser),
+                "pipeline": self.surroundings_digest(),
+            }
+        return {
+            "id": self.origin.id,
+            "revision": self.origin.revision,
+            "class": type(self).__name__,
+            "prediction_type": self.prediction_type,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            **self._digests,
+        }
+
+    def forget_digests(self) -> None:
+        """To be called by whoever changes weights for good: `provenance` then hashes again."""
+        self._digests = None
+
+    @property
+    @abstractmethod
+    def prediction_type(self) -> str:
+        """What Phi predicts: "epsilon", "v_prediction" or "flow"."""
+
+    @abstractmethod
+    def surroundings_digest(self) -> str:
+        """SHA-256 of everything but the denoiser that an image depends on."""
+
+    @abstractmethod
+    def encode_prompts(self, prompts: Sequence[str], *, truncate: bool = False) -> Conditioning:
+        """Text conditioning of N prompts, without gradient.
+
+        Raises UserError if a prompt is longer than the encoder takes, unless `truncate`.
+        """
+
+    @abstractmethod
+    def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """Phi(x_t, c, t), in the model's own parameterisation.
+
+        x_t (N, C, h, w), as scaled by `Sampler.scale`; t () or (N,); returns (N, C, h, w).
+        Differentiable in the weights, in x_t and in the conditioning, if gradients are enabled.
+        """
+
+    @abstractmethod
+    def target(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What Phi(x_t, c, t) is trained to predict: epsilon, v, or the flow's velocity.
+
+        x_0 and noise (N, C, h, w), t () or (N,); returns (N, C, h, w).
+        """
+
+    @abstractmethod
+    def add_noise(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t of the forward process. Shapes as in `target`."""
+
+    @abstractmethod
+    def sampler(self, steps: int, kind: str = "default", eta: float = 0.0) -> Sampler:
+        """A fresh sampler for one trajectory.
+
+        kind: "default", the one that the weights were published with, or "ddim", the family's
+        first-order sampler that the attribution walks along (DDIM; Euler for flows).
+        eta: fresh noise per step, 0 (none, deterministic) to 1 (as much as ancestral sampling).
+        Raises UserError for an unknown kind, a number of steps out of range, or an eta that the
+        sampler does not have.
+        """
+
+    @abstractmethod
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Images (N, 3, H, W) in [0, 1] -> scaled latents x_0 (N, C, h, w), without sampling."""
+
+    @abstractmethod
+    def decode_latents(self, x_0: Tensor) -> Tensor:
+        """Scaled latents (N, C, h, w) -> images (N, 3, H, W), float32 in [0, 1], same device."""
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """The device to work on; "auto" is the GPU if there is one, the CPU otherwise.
+
+    Raises UserError for a device that is unknown or not there.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(
+            f"device={device!r} is unknown; allowed: auto, cpu, cuda, cuda:0, ..."
+        ) from error
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"device={device!r} is not there: PyTorch sees {torch.cuda.device_count()} CUDA "
+            "devices. Use device=cpu or device=auto."
+        )
+    return resolved
+
+
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """The weights' type; "auto" is float16 on a GPU, float32 on a CPU. UserError if unknown."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return torch.float16 if device.type == "cuda" else torch.float32
+    if dtype not in DTYPES:
+        raise UserError(f"dtype={dtype!r} is unknown; allowed: auto, {', '.join(DTYPES)}.")
+    return DTYPES[dtype]

@@ -1,0 +1,161 @@
+"""The objective J whose sensitivity to each weight is attributed (paper Eq. 4 and Eq. 5).
+
+Both compare, state by state, the network's prediction Phi(x_t, c, t) with a target that no weight
+moves: J = sum over states of term(target, prediction), in the model's own parameterisation. So the
+attribution, and the check of its predictions (`cad.effects`), need to know of no more than that.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from cad import trajectories
+from cad.concepts import Concept
+from cad.models.base import Conditioning, DiffusionModel
+from cad.references import References
+from cad.sampling import draw_noise, make_generators
+from cad.trajectories import NoisePlan
+
+
+@dataclass(frozen=True)
+class State:
+    """Where J has a term, for a batch; x_t and target (N, C, h, w), t ()."""
+
+    x_t: Tensor  # as the network takes it
+    t: Tensor
+    target: Tensor  # what Phi(x_t, c, t) is compared with; without gradient
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The states of J, and the predictions there: iterates once, and knows how many there are."""
+
+    length: int
+    pairs: Iterator[tuple[State, Tensor]]
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[tuple[State, Tensor]]:
+        return self.pairs
+
+
+class Objective(ABC):
+    """J(c, w) for one concept, estimated at the states of a `NoisePlan`."""
+
+    name: ClassVar[str]
+
+    def __init__(self, concept: Concept) -> None:
+        self.concept = concept
+
+    def conditioning(self, model: DiffusionModel) -> Conditioning:
+        """c, (1, ...)."""
+        return model.encode_prompts([self.concept.prompt])
+
+    @abstractmethod
+    def describe(self) -> Mapping[str, Any]:
+        """What determines J beside model and plan; JSON-able, part of the scores' key.
+
+        Raises UserError if J cannot be formed for the concept.
+        """
+
+    @abstractmethod
+    def terms(self, model: DiffusionModel, plan: NoisePlan) -> Terms:
+        """The states of J with Phi(x_t, c, t) there.
+
+        The caller's gradient mode decides whether predictions carry their graph. The sum of
+        `term` over all of them is `plan.samples` times J.
+        """
+
+    @staticmethod
+    @abstractmethod
+    def term(target: Tensor, prediction: Tensor) -> Tensor:
+        """The states' contribution to J, summed over the batch; (N, C, h, w) both -> () float32."""
+
+
+class EraseObjective(Objective):
+    """Eq. 4: J = sum over t of || sg(Phi(x_t, c_b, t)) - Phi(x_t, c, t) ||^2, mean over samples.
+
+    x_t: DDIM with the concept's prompt. J measures how far the concept moves the prediction; a
+    component with a positive score, removed, brings it nearer to the base prompt's.
+    """
+
+    name = "erase"
+
+    def describe(self) -> Mapping[str, Any]:
+        return {
+            "objective": self.name,
+            "prompt": self.concept.prompt,
+            "base_prompt": self.concept.base_prompt,
+        }
+
+    def terms(self, model: DiffusionModel, plan: NoisePlan) -> Terms:
+        length = plan.steps * len(plan.batches(plan.samples))
+        return Terms(length, self._pairs(model, plan))
+
+    def _pairs(self, model: DiffusionModel, plan: NoisePlan) -> Iterator[tuple[State, Tensor]]:
+        c, unconditional = self.conditioning(model), model.encode_prompts([""])
+        c_b = model.encode_prompts([self.concept.base_prompt])
+        for visit in trajectories.visits(model, plan, c, unconditional):
+            target = visit.unconditional
+            if self.concept.base_prompt:
+                with torch.no_grad():
+                    target = model.predict(visit.x_t, visit.t, c_b.expand(len(target)))
+            yield State(visit.x_t, visit.t, target), visit.conditional
+
+    @staticmethod
+    def term(target: Tensor, prediction: Tensor) -> Tensor:
+        return (target.float() - prediction.float()).square().sum()
+
+
+class AmplifyObjective(Objective):
+    """Eq. 5: J = - mean squared error of Phi(x_t, c, t) against its training target.
+
+    x_t: latents of reference images with noise, at each DDIM timestep of the plan; mean over
+    latent elements, sum over timesteps and images, mean over `samples` noises. The published form
+    compares with the noise; in another parameterisation the target is what that model predicts.
+    The plan's guidance, eta and trajectory have no part in it.
+    """
+
+    name = "amplify"
+
+    def __init__(self, concept: Concept, references: References) -> None:
+        super().__init__(concept)
+        self.references = references
+
+    def describe(self) -> Mapping[str, Any]:
+        return {
+            "objective": self.name,
+            "prompt": self.concept.prompt,
+            "references": dict(self.references.describe(self.concept)),
+        }
+
+    def terms(self, model: DiffusionModel, plan: NoisePlan) -> Terms:
+        x_0 = self.references.latents(model, self.concept)  # (R, C, h, w)
+        x_0 = x_0.repeat_interleave(plan.samples, dim=0)  # (R * samples, C, h, w)
+        return Terms(plan.steps * len(plan.batches(len(x_0))), self._pairs(model, plan, x_0))
+
+    def _pairs(
+        self, model: DiffusionModel, plan: NoisePlan, x_0: Tensor
+    ) -> Iterator[tuple[State, Tensor]]:
+        c = self.conditioning(model)
+        timesteps = model.sampler(plan.steps, "ddim").timesteps
+        for batch in plan.batches(len(x_0)):
+            generators = make_generators(batch, salt=f"amplify-{plan.seed}")
+            clean = x_0[batch.start : batch.stop]  # (N, C, h, w)
+            for t in timesteps:
+                noise = draw_noise(model, generators)
+                x_t = model.add_noise(clean, noise, t)
+                state = State(x_t, t, model.target(clean, noise, t))
+                yield state, model.predict(x_t, t, c.expand(len(batch)))
+
+    @staticmethod
+    def term(target: Tensor, prediction: Tensor) -> Tensor:
+        error = target.float() - prediction.float()
+        return -error.square().flatten(1).mean(dim=1).sum()

@@ -1,0 +1,76 @@
+"""Which components an edit changes (paper Algorithms 1 and 2).
+
+Per row, the published setting: a row is one output neuron (of a convolution, one output channel);
+of its k = floor(ratio * in_features) largest scores those are chosen that are strictly positive.
+With ratio 0.001 a row of 320 loses nothing and a row of 1280 at most one. Per layer, k counts the
+whole weight and the rows compete.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from cad.errors import UserError
+
+PER = ("row", "layer")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The share of components to choose. UserError for a ratio outside (0, 1] or another `per`."""
+
+    ratio: float  # of each row or layer
+    per: str = "row"  # "row" | "layer"
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.ratio <= 1.0:
+            raise UserError(f"ratio.value={self.ratio} is not allowed; a ratio lies in (0, 1].")
+        if self.per not in PER:
+            raise UserError(f"ratio.per={self.per!r} is unknown; allowed: {', '.join(PER)}.")
+
+    def budget(self, width: int) -> int:
+        """k = floor(ratio * width), with the ratio as it is written: 0.29 of 100 is 29."""
+        return math.floor(Fraction(repr(float(self.ratio))) * width)
+
+    def check(self, weights: Mapping[str, Tensor]) -> None:
+        """UserError if the ratio is so small that no component of these weights can be chosen."""
+        widest = max(self._rankings(weight.flatten(1)).shape[1] for weight in weights.values())
+        if self.budget(widest) == 0:
+            raise UserError(
+                f"ratio.value={self.ratio} chooses nothing: a {self.per} has at most {widest} "
+                f"components, so the ratio must be at least {1 / widest:.3g}"
+                + (" (or use ratio.per=layer)." if self.per == "row" else ".")
+            )
+
+    def indices(self, scores: Mapping[str, Tensor], sign: int = 1) -> dict[str, Tensor]:
+        """Flat indices (k,) int64, ascending, into each weight; weights without any are left out.
+
+        scores {name: (out, in)}; sign +1 chooses the most positive, -1 the most negative.
+        """
+        chosen = {}
+        for name, score in scores.items():
+            rankings = self._rankings(sign * score)
+            indices = top_positive(rankings, self.budget(rankings.shape[1]))
+            if indices.numel():
+                chosen[name] = indices
+        return chosen
+
+    def _rankings(self, score: Tensor) -> Tensor:
+        """What competes for one budget, a ranking per row: (out, in) or (1, out * in)."""
+        return score if self.per == "row" else score.reshape(1, -1)
+
+
+def top_positive(scores: Tensor, k: int) -> Tensor:
+    """Flat indices of the k largest entries of each row, if they are strictly positive.
+
+    scores (rows, columns) -> (at most rows * k,) int64, ascending.
+    """
+    values, columns = scores.topk(k, dim=1)  # (rows, k)
+    starts = torch.arange(scores.shape[0], device=scores.device)[:, None] * scores.shape[1]
+    return (starts + columns)[values > 0].sort().values

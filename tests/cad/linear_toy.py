@@ -1,0 +1,84 @@
+"""A diffusion model and an objective that are linear in the weights: first order is exact there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor, nn
+
+from cad.models.base import Conditioning, DiffusionModel, Origin
+from cad.objectives import Objective, State, Terms
+from cad.sampling import Sampler
+from cad.trajectories import NoisePlan
+
+SHAPE = (1, 2, 2)
+
+
+class LinearToyModel(DiffusionModel):
+    """Phi(x_t, c, t) = W (x_t + c), with small integers as weights: all sums are exact."""
+
+    components: Mapping[str, str] = {"ff": r"^weight$", "attn1": r"^no_such_weight$"}
+    prediction_type = "epsilon"
+
+    def __init__(self) -> None:
+        denoiser = nn.Linear(4, 4, bias=False)
+        denoiser.weight.data = torch.tensor(
+            [
+                [1.0, -2.0, 3.0, 0.0],
+                [2.0, 1.0, -1.0, 4.0],
+                [-3.0, 2.0, 1.0, 1.0],
+                [1.0, 0.0, 5.0, 2.0],
+            ]
+        )
+        super().__init__("toy", denoiser, 2, SHAPE, Origin("toy", "local"))
+
+    def surroundings_digest(self) -> str:
+        return "none"
+
+    def encode_prompts(self, prompts: Sequence[str], *, truncate: bool = False) -> Conditioning:
+        lengths = torch.tensor([[float(len(prompt))] for prompt in prompts])
+        return Conditioning({"c": lengths.expand(-1, 4)})
+
+    def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        return self.denoiser(x_t.flatten(1) + conditioning.tensors["c"]).reshape(x_t.shape)
+
+    def target(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        return noise
+
+    def add_noise(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        return x_0 + noise
+
+    def sampler(self, steps: int, kind: str = "default", eta: float = 0.0) -> Sampler:
+        return Sampler(DDIMScheduler(clip_sample=False), steps, self.device, eta)
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        return images.mean(dim=1, keepdim=True)
+
+    def decode_latents(self, x_0: Tensor) -> Tensor:
+        return x_0.expand(-1, 3, -1, -1)
+
+
+class LinearObjective(Objective):
+    """J = sum over two integer states of <target, Phi(x_t, c, t)>."""
+
+    name = "linear"
+
+    def describe(self) -> Mapping[str, Any]:
+        return {"objective": self.name}
+
+    def terms(self, model: DiffusionModel, plan: NoisePlan) -> Terms:
+        return Terms(2, self._pairs(model, plan))
+
+    def _pairs(self, model: DiffusionModel, plan: NoisePlan) -> Iterator[tuple[State, Tensor]]:
+        c = self.conditioning(model).expand(plan.samples)
+        for i in range(2):
+            x_t = torch.arange(4.0 * plan.samples).reshape(-1, *SHAPE) - i
+            state = State(x_t, torch.tensor(i), target=2 * x_t - 5)
+            yield state, model.predict(x_t, state.t, c)
+
+    @staticmethod
+    def term(target: Tensor, prediction: Tensor) -> Tensor:
+        return (target * prediction).sum()

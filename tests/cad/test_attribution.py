@@ -1,0 +1,181 @@
+"""Eq. 3's scores against independent computations, and what they leave behind: nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from safetensors.torch import save_file
+from scipy.stats import spearmanr
+
+from cad.attribution import Attribution, summed_gradients
+from cad.components import component_weights
+from cad.digests import parameter_digest
+from cad.errors import UserError
+from cad.objectives import AmplifyObjective, EraseObjective
+from cad.references import LatentFile
+from cad.sampling import make_generators
+
+SETTINGS = Attribution(steps=3, samples=2, batch_size=2, seed=5)
+
+
+def brute_force_erase(model, concept, settings):
+    """Eq. 4 along one DDIM walk, with diffusers' own modules and one autograd call at the end."""
+    weights = component_weights(model, settings.component)
+    scheduler = DDIMScheduler.from_config(model._ddim.config)
+    scheduler.set_timesteps(settings.steps)
+    n = settings.samples
+    states = {
+        text: model.encode_prompts([text]).tensors["states"].expand(n, -1, -1)
+        for text in ("", concept.prompt, concept.base_prompt)
+    }
+    generators = make_generators(range(n), f"attribution-{settings.seed}")
+    x = torch.stack([torch.randn(model.latent_shape, generator=g) for g in generators])
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    total = torch.zeros(())
+    for t in scheduler.timesteps:
+        phi = {text: model.denoiser(x, t, s).sample for text, s in states.items()}
+        base = phi[concept.base_prompt].detach()
+        total = total + (base - phi[concept.prompt]).pow(2).sum() / n
+        guided = (1 - settings.guidance) * phi[""] + settings.guidance * phi[concept.prompt]
+        x = scheduler.step(guided.detach(), t, x, eta=settings.eta, generator=generators)
+        x = x.prev_sample
+    gradients = torch.autograd.grad(total, list(weights.values()))
+    for weight in weights.values():
+        weight.requires_grad_(False)
+    return {n: (w * g).flatten(1) for (n, w), g in zip(weights.items(), gradients, strict=True)}
+
+
+def assert_scores_equal(scores, expected):
+    assert scores.keys() == expected.keys()
+    for name, score in scores.items():
+        assert score.dtype == torch.float32
+        scale = expected[name].abs().max().item()
+        torch.testing.assert_close(score, expected[name], rtol=1e-4, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("component", ["ff", "residual"])
+def test_erase_scores_equal_brute_force(tiny_model, parachute, component):
+    settings = Attribution(steps=3, samples=2, seed=5, component=component)
+    scores = settings.scores(tiny_model, EraseObjective(parachute))
+    assert_scores_equal(scores, brute_force_erase(tiny_model, parachute, settings))
+
+
+def test_erase_scores_with_a_base_prompt_equal_brute_force(tiny_model, parachute):
+    concept = replace(parachute, base_prompt="a photo")
+    scores = SETTINGS.scores(tiny_model, EraseObjective(concept))
+    assert_scores_equal(scores, brute_force_erase(tiny_model, concept, SETTINGS))
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_amplify_scores_equal_brute_force(tiny_model, parachute, tmp_path, prediction_type):
+    tiny_model._ddim.register_to_config(prediction_type=prediction_type)
+    x_0 = torch.randn(2, *tiny_model.latent_shape, generator=torch.Generator().manual_seed(1))
+    save_file({"parachute": x_0}, tmp_path / "references.safetensors")
+    objective = AmplifyObjective(parachute, LatentFile(tmp_path / "references.safetensors"))
+    scores = SETTINGS.scores(tiny_model, objective)
+
+    weights = component_weights(tiny_model, "ff")
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    c = tiny_model.encode_prompts(["parachute"]).tensors["states"]
+    scheduler = DDIMScheduler.from_config(tiny_model._ddim.config)
+    scheduler.set_timesteps(SETTINGS.steps)
+    total = torch.zeros(())
+    for pair, generator in enumerate(make_generators(range(4), "amplify-5")):
+        image = x_0[pair // 2]
+        for t in scheduler.timesteps:
+            noise = torch.randn(image.shape, generator=generator)
+            a, s = scheduler.alphas_cumprod[t].sqrt(), (1 - scheduler.alphas_cumprod[t]).sqrt()
+            prediction = tiny_model.denoiser((a * image + s * noise)[None], t, c).sample[0]
+            target = noise if prediction_type == "epsilon" else a * noise - s * image
+            total = total - (target - prediction).pow(2).mean() / SETTINGS.samples
+    gradients = torch.autograd.grad(total, list(weights.values()))
+    expected = {n: w.detach() * g for (n, w), g in zip(weights.items(), gradients, strict=True)}
+    assert_scores_equal(scores, expected)
+
+
+def test_batching_changes_nothing_but_rounding(tiny_model, parachute):
+    objective = EraseObjective(parachute)
+    together = SETTINGS.scores(tiny_model, objective)
+    one_by_one = Attribution(steps=3, samples=2, batch_size=1, seed=5).scores(tiny_model, objective)
+    assert_scores_equal(one_by_one, together)
+
+
+def test_shared_and_restarted_trajectories_agree(tiny_model, parachute):
+    flat = []
+    for trajectory in ("shared", "restart"):
+        settings = Attribution(steps=3, samples=2, trajectory=trajectory)
+        scores = settings.scores(tiny_model, EraseObjective(parachute))
+        flat.append(torch.cat([score.flatten() for score in scores.values()]))
+    assert not torch.equal(flat[0], flat[1])
+    assert spearmanr(*flat).statistic > 0.3
+
+
+def test_attribution_leaves_nothing_behind(tiny_model, parachute):
+    before, state = parameter_digest(tiny_model.denoiser), torch.get_rng_state()
+    SETTINGS.scores(tiny_model, EraseObjective(parachute))
+    assert parameter_digest(tiny_model.denoiser) == before
+    assert torch.equal(torch.get_rng_state(), state)
+    assert_untouched(tiny_model)
+
+
+def test_gradients_are_given_back_after_an_exception(tiny_model):
+    weights = component_weights(tiny_model, "ff")
+    with pytest.raises(ZeroDivisionError), summed_gradients(weights):
+        raise ZeroDivisionError
+    assert_untouched(tiny_model)
+
+
+def assert_untouched(model):
+    for parameter in model.denoiser.parameters():
+        assert not parameter.requires_grad
+        assert parameter.grad is None
+        assert not parameter._post_accumulate_grad_hooks
+    for module in model.denoiser.modules():
+        assert not module._forward_hooks
+        assert not module._backward_hooks
+
+
+def test_half_precision_sums_gradients_in_float32():
+    weight = torch.nn.Parameter(torch.ones(2, 2, dtype=torch.float16), requires_grad=False)
+    with summed_gradients({"w": weight}) as sums:
+        for _ in range(3000):  # in float16, 2048 + 1 is 2048
+            weight.sum().backward()
+    assert sums["w"].dtype == torch.float32
+    assert torch.equal(sums["w"], torch.full((2, 2), 3000.0))
+
+
+def test_half_precision_scores_are_near_those_of_float32(tiny_model, parachute):
+    full = SETTINGS.scores(tiny_model, EraseObjective(parachute))
+    for module in (tiny_model.denoiser, tiny_model.text_encoder, tiny_model.vae):
+        module.to(torch.bfloat16)
+    half = SETTINGS.scores(tiny_model, EraseObjective(parachute))
+    flat = [torch.cat([score.flatten() for score in each.values()]) for each in (full, half)]
+    assert flat[1].dtype == torch.float32
+    assert spearmanr(*flat).statistic > 0.9
+
+
+def test_scores_that_are_not_finite_are_refused(tiny_model, parachute):
+    next(tiny_model.denoiser.parameters()).data.fill_(float("nan"))
+    with pytest.raises(UserError, match=r"nan at timestep .*dtype=float32"):
+        SETTINGS.scores(tiny_model, EraseObjective(parachute))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"steps": 0}, "attribution.steps=0"),
+        ({"samples": 0}, "attribution.samples=0"),
+        ({"batch_size": -1}, "attribution.batch_size=-1"),
+        ({"eta": 1.5}, "attribution.eta=1.5"),
+        ({"guidance": float("nan")}, "attribution.guidance=nan"),
+        ({"trajectory": "loop"}, "allowed: shared, restart"),
+    ],
+)
+def test_settings_out_of_range_are_refused(setting, message):
+    with pytest.raises(UserError, match=message):
+        Attribution(**setting)

@@ -1,0 +1,113 @@
+"""The predicted effect of an edit against the measured one (Figure 2)."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from linear_toy import LinearObjective, LinearToyModel
+from scipy.stats import pearsonr
+
+from cad.attribution import Attribution
+from cad.digests import parameter_digest
+from cad.effects import (
+    RecordedObjective,
+    effect_correlation,
+    measure_effect,
+    pearson_r,
+    predict_effect,
+    random_components,
+)
+from cad.errors import UserError
+from cad.objectives import EraseObjective
+from cad.weight_edit import Scale, WeightEdit, Zero
+
+SETTINGS = Attribution(steps=2, samples=2)
+
+
+@pytest.mark.parametrize("factor", [0.0, 2.0])
+@pytest.mark.parametrize("chosen", [[0], [5, 10], [1, 2, 7, 14], list(range(16))])
+def test_exact_on_a_linear_model(parachute, factor, chosen):
+    model, objective = LinearToyModel(), LinearObjective(parachute)
+    scores = SETTINGS.scores(model, objective)
+    indices = {"weight": torch.tensor(chosen)}
+    change = Scale(indices["weight"], factor) if factor else Zero(indices["weight"])
+    edit = WeightEdit({"weight": change}, {"model": model.provenance()})
+    recorded = RecordedObjective.record(model, objective, SETTINGS)
+    predicted = predict_effect(scores, indices, factor)
+    assert predicted == measure_effect(model, recorded, edit)
+    assert predicted != 0.0
+
+
+def test_removing_everything_loses_all_of_a_linear_objective(parachute):
+    model, objective = LinearToyModel(), LinearObjective(parachute)
+    recorded = RecordedObjective.record(model, objective, SETTINGS)
+    scores = SETTINGS.scores(model, objective)
+    assert float(scores["weight"].sum()) == recorded.unedited
+
+
+def test_predictions_correlate_on_a_network(tiny_model, parachute):
+    before = parameter_digest(tiny_model.denoiser)
+    effects = effect_correlation(
+        tiny_model, EraseObjective(parachute), SETTINGS, count=12, share=0.002, seed=0
+    )
+    assert effects.predicted.shape == effects.measured.shape == (12,)
+    assert effects.pearson_r == pytest.approx(
+        pearsonr(effects.predicted, effects.measured).statistic
+    )
+    assert effects.pearson_r > 0.9
+    assert parameter_digest(tiny_model.denoiser) == before
+
+
+def test_nothing_changes_without_an_edit(tiny_model, parachute):
+    recorded = RecordedObjective.record(tiny_model, EraseObjective(parachute), SETTINGS)
+    assert measure_effect(tiny_model, recorded, WeightEdit({}, {})) == 0.0
+    assert predict_effect({}, {}) == 0.0
+
+
+def test_random_components_are_distinct_and_uniform_over_all_weights():
+    weights = {"a": torch.zeros(10, 10), "b": torch.zeros(30, 10), "c": torch.zeros(1, 1)}
+    counts = {"a": 0, "b": 0, "c": 0}
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        chosen = random_components(weights, 40, generator)
+        assert sum(len(flat) for flat in chosen.values()) == 40
+        for name, flat in chosen.items():
+            assert len(flat.unique()) == len(flat)
+            assert 0 <= flat.min() <= flat.max() < weights[name].numel()
+            counts[name] += len(flat)
+    assert counts["a"] / 2000 == pytest.approx(100 / 401, abs=0.04)
+    everything = random_components(weights, 401, generator)
+    assert torch.equal(everything["b"], torch.arange(300))
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "r"),
+    [
+        ([1.0, 2.0, 3.0], [2.0, 4.0, 6.0], 1.0),
+        ([1.0, 2.0, 3.0], [3.0, 2.0, 1.0], -1.0),
+        ([1.0, 2.0, 3.0, 4.0], [1.0, -1.0, -1.0, 1.0], 0.0),
+        ([1.0, 2.0, 3.0], [1.0, 2.0, 2.0], 3**0.5 / 2),
+    ],
+)
+def test_pearson_r_by_hand(x, y, r):
+    assert pearson_r(np.array(x), np.array(y)) == pytest.approx(r, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("x", "y"), [([1.0], [1.0]), ([1.0, 1.0], [1.0, 2.0]), ([1.0, 2.0], [1.0])]
+)
+def test_pearson_r_refuses_what_has_none(x, y):
+    with pytest.raises(ValueError, match=r"two samples|constant"):
+        pearson_r(np.array(x), np.array(y))
+
+
+@pytest.mark.parametrize(
+    ("count", "share", "message"),
+    [(1, 0.1, "effects.count=1"), (3, 0.0, "effects.share=0.0"), (3, 1e-9, "less than one weight")],
+)
+def test_settings_are_checked_before_work_is_spent(parachute, count, share, message):
+    with pytest.raises(UserError, match=message):
+        effect_correlation(
+            LinearToyModel(), LinearObjective(parachute), SETTINGS, count=count, share=share, seed=0
+        )
