@@ -1,0 +1,1 @@
+"""The metric plug-ins; `base` has their contract."""

@@ -1,0 +1,108 @@
+"""The contract of a metric: score every image first, aggregate second."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cad.errors import UserError
+from evaluation.image_sets import ImageSet
+from evaluation.prompts import Prompt
+from evaluation.statistics import Interval, wilson
+
+BATCH_SIZE = 64  # images read and scored at once; no score depends on it beyond rounding
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number with its conditions. [low, high] is a 95 % interval over the `n` images."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    n: int
+    unit: str
+    higher_is_better: bool
+    version: str
+
+
+class Evaluator(ABC):
+    """One metric. `version` names what measured it (weights' hash, thresholds), set on creation.
+
+    Weights are loaded on creation, so that what is missing is known before images are made.
+    """
+
+    name: ClassVar[str]
+    unit: ClassVar[str]
+    higher_is_better: ClassVar[bool]
+    version: str
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Raise UserError for prompts that cannot be judged; call it before making their images."""
+        return None
+
+    @abstractmethod
+    def score(self, images: NDArray[np.uint8], prompts: Sequence[Prompt]) -> list[Record]:
+        """One JSON-able record for each image of (N, H, W, 3) uint8 RGB and its prompt."""
+
+    @abstractmethod
+    def aggregate(self, records: Sequence[Record]) -> Metric:
+        """The metric over `records`, all or some of what `score` made. UserError if there are none.
+
+        Uses nothing but the records, so every aggregate can be recomputed from their file.
+        """
+
+    def metric(self, interval: Interval, n: int) -> Metric:
+        """`interval`, in this metric's unit, with this metric's conditions."""
+        return Metric(
+            name=self.name,
+            value=interval.value,
+            low=interval.low,
+            high=interval.high,
+            n=n,
+            unit=self.unit,
+            higher_is_better=self.higher_is_better,
+            version=self.version,
+        )
+
+    def percent(self, records: Sequence[Record], key: str) -> Metric:
+        """The percentage of `records` whose `key` is true, with Wilson's interval."""
+        self.require(records)
+        share = wilson(sum(bool(record[key]) for record in records), len(records))
+        return self.metric(Interval(*(100 * bound for bound in share)), len(records))
+
+    def require(self, records: Sequence[Record]) -> None:
+        """Raise UserError if there is nothing to aggregate."""
+        if not records:
+            raise UserError(f"{self.name}: no images to aggregate; raise limit or images_per_class")
+
+
+def score_image_set(evaluator: Evaluator, images: ImageSet) -> Iterator[Record]:
+    """The evaluator's record of each image, after its index, prompt, seed and group.
+
+    Raises UserError before the first image for prompts that the evaluator cannot judge.
+    """
+    evaluator.check(images.prompts)
+    index = 0
+    for prompts, pixels in images.batches(BATCH_SIZE):
+        records = evaluator.score(pixels, prompts)
+        for prompt, record in zip(prompts, records, strict=True):
+            origin = {"index": index, "prompt": prompt.text}
+            yield origin | {"seed": prompt.seed, "group": prompt.group} | record
+            index += 1
+
+
+def require_uint8(images: NDArray[np.uint8]) -> None:
+    """Raise TypeError for anything but uint8 (N, H, W, 3): a float image scores silently wrong."""
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+        raise TypeError(
+            f"images must be uint8 (N, H, W, 3), got {images.dtype} {tuple(images.shape)}"
+        )

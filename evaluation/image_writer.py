@@ -1,0 +1,86 @@
+"""Writes an image set's PNGs and records on a background thread while the next batch is sampled.
+
+Each PNG is flushed to disk and renamed into place before its record is appended, one after the
+other in the order given, so a process killed at any point leaves at most one unrecorded PNG.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections import deque
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from cad.errors import UserError
+from evaluation.files import write_atomically
+from evaluation.image_sets import RECORDS_FILE, ImageSet, record_line
+
+BATCHES_IN_FLIGHT = 2  # what bounds the memory when the disk is slower than the model
+
+
+class ImageWriter:
+    """Context manager; `put` batches of images, leave the block to wait for the last of them.
+
+    `digests` grows by {index: SHA-256 of the PNG} as images are safe. A failed write raises
+    UserError from the next `put` or from the end of the block.
+    """
+
+    def __init__(self, images: ImageSet) -> None:
+        self.digests: dict[int, str] = {}
+        self._images = images
+        self._pending: deque[Future[None]] = deque()
+
+    def __enter__(self) -> Self:
+        self._records = (self._images.folder / RECORDS_FILE).open("ab")
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="image-writer")
+        return self
+
+    def put(self, pixels: Mapping[int, NDArray[np.uint8]]) -> None:
+        """Queue images {index: uint8 (H, W, 3)}; waits while BATCHES_IN_FLIGHT are unwritten."""
+        while len(self._pending) >= BATCHES_IN_FLIGHT:
+            self._pending.popleft().result()
+        self._pending.append(self._pool.submit(self._write, pixels))
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._pool.shutdown(wait=True)
+        self._records.close()
+        if kind is None:
+            for future in self._pending:
+                future.result()
+
+    def _write(self, pixels: Mapping[int, NDArray[np.uint8]]) -> None:
+        try:
+            for index, image in pixels.items():
+                data = encode_png(image)
+                write_atomically(self._images.path(index), data)
+                digest = hashlib.sha256(data).hexdigest()
+                line = record_line(index, self._images.prompts[index], digest)
+                self._records.write(line.encode("utf-8"))
+                self._records.flush()
+                self.digests[index] = digest
+            os.fsync(self._records.fileno())
+        except OSError as error:
+            raise UserError(
+                f"cannot write to {self._images.folder} (paths.results): {error.strerror}. What "
+                "was finished is kept; the same command goes on from there"
+            ) from error
+
+
+def encode_png(image: NDArray[np.uint8]) -> bytes:
+    """`image`, uint8 (H, W, 3) RGB, as PNG bytes; the same for the same pixels and Pillow."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG")
+    return buffer.getvalue()

@@ -1,0 +1,151 @@
+"""Which images are asked for: prompts with their seeds, built from templates.
+
+A prompt set is a plug-in: it has a name and builds a list of `Prompt`. Sets that come as files
+are further plug-ins of the same contract. Within a template set, prompts go round the groups
+(first image of every group, second image of every group, ...), so a set with more images of each
+group starts with the smaller set, and any prefix covers the groups evenly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from string import Formatter
+
+from cad.errors import UserError
+
+OBJECT_TEMPLATE = "an image of {subject}"
+STYLE_TEMPLATE = "an image of {subject} in the style of {style}"
+VOWELS = "aeiouAEIOU"
+SEED_BITS = 31
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One image to be made. `group` is what tables sort it under: a subject or style name."""
+
+    text: str
+    seed: int
+    group: str
+
+
+class PromptSet(ABC):
+    """A named source of prompts. `build` is deterministic and returns at least one prompt."""
+
+    name: str
+
+    @abstractmethod
+    def build(self) -> list[Prompt]:
+        """All prompts of the set, in its fixed order."""
+
+
+@dataclass(frozen=True)
+class ObjectPrompts(PromptSet):
+    """`images_per_class` prompts "an image of a parachute" for each of `subjects` {name: text}.
+
+    The article is chosen by the text; `{subject}` in the template stands for article and text.
+    """
+
+    subjects: Mapping[str, str]
+    images_per_class: int
+    seed: int
+    template: str = OBJECT_TEMPLATE
+    name: str = "objects"
+
+    def __post_init__(self) -> None:
+        _check_names(self.subjects, "prompts.subjects")
+        _check_count(self.images_per_class)
+        _check_template(self.template, {"subject"})
+
+    def build(self) -> list[Prompt]:
+        return [
+            Prompt(
+                text=self.template.format(subject=with_article(text)),
+                seed=derive_seed(self.seed, name, index),
+                group=name,
+            )
+            for index in range(self.images_per_class)
+            for name, text in self.subjects.items()
+        ]
+
+
+@dataclass(frozen=True)
+class StylePrompts(PromptSet):
+    """`images_per_class` prompts "an image of a church in the style of pop art" for each style.
+
+    `styles` and `subjects` are {name: text}; a style's images cycle through the subjects, the
+    styles in step, so that every style is asked of the same subjects. The group is the style.
+    """
+
+    styles: Mapping[str, str]
+    subjects: Mapping[str, str]
+    images_per_class: int
+    seed: int
+    template: str = STYLE_TEMPLATE
+    name: str = "styles"
+
+    def __post_init__(self) -> None:
+        _check_names(self.styles, "prompts.styles")
+        _check_names(self.subjects, "prompts.subjects")
+        _check_count(self.images_per_class)
+        _check_template(self.template, {"subject", "style"})
+
+    def build(self) -> list[Prompt]:
+        subjects = list(self.subjects.values())
+        return [
+            Prompt(
+                text=self.template.format(
+                    subject=with_article(subjects[index % len(subjects)]), style=text
+                ),
+                seed=derive_seed(self.seed, name, index),
+                group=name,
+            )
+            for index in range(self.images_per_class)
+            for name, text in self.styles.items()
+        ]
+
+
+def build_prompts(prompt_set: PromptSet, limit: int | None = None) -> list[Prompt]:
+    """The set's prompts, or its first `limit`. UserError for limit < 1, no or an empty prompt."""
+    if limit is not None and limit < 1:
+        raise UserError(f"limit={limit} must be at least 1, or null for the whole prompt set")
+    prompts = prompt_set.build()
+    for index, prompt in enumerate(prompts):
+        if not prompt.text.strip():
+            raise UserError(f"prompt {index} of the set {prompt_set.name!r} is empty")
+    if not prompts:
+        raise UserError(f"the prompt set {prompt_set.name!r} has no prompts")
+    return prompts[:limit]
+
+
+def with_article(text: str) -> str:
+    """`text` after its indefinite article: "a French horn", "an English springer"."""
+    return f"{'an' if text[:1] in VOWELS else 'a'} {text}"
+
+
+def derive_seed(seed: int, group: str, index: int) -> int:
+    """An image's own seed, in [0, 2^31): a hash of (seed, group, index) and of nothing else."""
+    digest = hashlib.sha256(f"{seed}/{group}/{index}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> (32 - SEED_BITS)
+
+
+def _check_names(names: Mapping[str, str], key: str) -> None:
+    if not names:
+        raise UserError(f"{key} is empty; it maps names to texts, such as church: church")
+    for name, text in names.items():
+        if not text.strip():
+            raise UserError(f"{key}.{name} has an empty text")
+
+
+def _check_count(images_per_class: int) -> None:
+    if images_per_class < 1:
+        raise UserError(f"images_per_class={images_per_class} must be at least 1")
+
+
+def _check_template(template: str, fields: set[str]) -> None:
+    found = {field for _, field, _, _ in Formatter().parse(template) if field is not None}
+    if found != fields:
+        wanted = ", ".join(f"{{{field}}}" for field in sorted(fields))
+        raise UserError(f"prompts.template={template!r} must hold exactly these fields: {wanted}")

@@ -1,0 +1,59 @@
+"""95 % intervals: Wilson's for proportions, the percentile bootstrap for other means.
+
+Wilson, "Probable inference, the law of succession, and statistical inference" (1927), without
+continuity correction; Efron and Tibshirani, "An Introduction to the Bootstrap" (1993), ch. 13.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+Z_95 = 1.959963984540054  # the standard normal's 97.5 % quantile
+RESAMPLES = 2000
+
+
+class Interval(NamedTuple):
+    """A point estimate with the ends of its 95 % interval, all in the unit of the data."""
+
+    value: float
+    low: float
+    high: float
+
+
+def wilson(k: int, n: int) -> Interval:
+    """Proportion k / n and its Wilson score interval, all in [0, 1].
+
+    Stays informative at the ends: 0 of n has low 0 and high z^2 / (n + z^2). Raises ValueError
+    unless 0 <= k <= n and n >= 1.
+    """
+    if n < 1 or not 0 <= k <= n:
+        raise ValueError(f"wilson needs 0 <= k <= n and n >= 1, got k={k}, n={n}")
+    p = k / n
+    shrink = 1 + Z_95**2 / n
+    centre = (p + Z_95**2 / (2 * n)) / shrink
+    half = Z_95 / shrink * math.sqrt(p * (1 - p) / n + Z_95**2 / (4 * n**2))
+    low = 0.0 if k == 0 else centre - half
+    high = 1.0 if k == n else centre + half
+    return Interval(p, low, high)
+
+
+def bootstrap_mean(values: Sequence[float], seed: int) -> Interval:
+    """Mean of `values` and its percentile bootstrap interval over RESAMPLES resamples.
+
+    Deterministic in (values, seed); touches no global random state. Equal values, and so a single
+    one, give an interval of no width: it says nothing of a population then. Raises ValueError for
+    no values or any that is not finite.
+    """
+    data = np.asarray(values, dtype=np.float64)  # (n,)
+    if data.ndim != 1 or data.size == 0 or not np.isfinite(data).all():
+        raise ValueError(f"bootstrap_mean needs a list of finite numbers, got shape {data.shape}")
+    random = np.random.default_rng(seed)
+    means = np.empty(RESAMPLES)
+    for i in range(RESAMPLES):
+        means[i] = data[random.integers(0, data.size, data.size)].mean()
+    low, high = np.quantile(means, (0.025, 0.975))
+    return Interval(float(data.mean()), float(low), float(high))

@@ -1,0 +1,77 @@
+"""Makes one image set in processes that are killed (SIGKILL) at the points given.
+
+python killed_worker.py ROOT POINT [POINT ...]; a point is sample:N (before batch N of that process
+is sampled), write:N (its Nth PNG is half written) or record:N (the Nth PNG is there, its record is
+not). Writes how each process ended.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from toy_model import NO_CHANGE, ToyModel
+
+from evaluation import generation, image_writer
+from evaluation.generation import SamplerSettings
+from evaluation.prompts import ObjectPrompts, build_prompts
+
+SETTINGS = SamplerSettings(steps=3, guidance=2.0, kind="default", batch_size=4)
+PROMPTS = build_prompts(ObjectPrompts({"church": "church", "face": "face"}, 11, seed=0))
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def dying(function: Callable[..., Any], call: int, meanwhile: Callable[..., None]) -> Any:
+    """`function`, but call number `call` runs `meanwhile` and kills the process."""
+    calls = 0
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > call:
+            meanwhile(*args)
+            die()
+        return function(*args, **kwargs)
+
+    return wrapped
+
+
+def arm(point: str) -> None:
+    kind, number = point.split(":")
+    if kind == "sample":
+        target = generation.sample_latents
+        generation.sample_latents = dying(target, int(number), lambda *_: None)
+    elif kind == "write":
+        target = image_writer.write_atomically
+        image_writer.write_atomically = dying(target, int(number), write_half)
+    else:
+        image_writer.record_line = dying(image_writer.record_line, int(number), lambda *_: None)
+
+
+def write_half(path: Path, data: bytes) -> None:
+    path.with_name(f".{path.name}.x.tmp").write_bytes(data[: len(data) // 2])
+
+
+def main(root: Path, points: list[str]) -> None:
+    for point in points:
+        child = os.fork()
+        if child == 0:
+            torch.set_num_threads(1)
+            arm(point)
+            generation.generate(ToyModel(), NO_CHANGE, PROMPTS, SETTINGS, root)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        sys.stdout.write(f"{point} {os.waitstatus_to_exitcode(status)}\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

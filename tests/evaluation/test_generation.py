@@ -1,0 +1,317 @@
+"""Image sets: keys, resumption, repair, and what an image depends on."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from killed_worker import PROMPTS, SETTINGS
+from toy_model import NO_CHANGE, ToyModel, knock_out
+
+from cad.errors import UserError
+from cad.models.base import DiffusionModel
+from cad.models.stable_diffusion import StableDiffusionModel
+from evaluation import generation, image_writer
+from evaluation.generation import (
+    SamplerSettings,
+    _to_pixels,
+    describe_set,
+    generate,
+    partition,
+    set_key,
+)
+from evaluation.image_sets import ImageSet
+from evaluation.prompts import Prompt
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def model() -> ToyModel:
+    return ToyModel()
+
+
+def contents(images: ImageSet) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(images.folder.iterdir())}
+
+
+def forbid_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
+    def sample(*args: object, **kwargs: object) -> None:
+        raise AssertionError("sampled what was there")
+
+    monkeypatch.setattr(generation, "sample_latents", sample)
+
+
+def test_a_set_holds_one_image_for_each_prompt(model: ToyModel, tmp_path: Path) -> None:
+    images = generate(model, NO_CHANGE, PROMPTS, SETTINGS, tmp_path)
+    assert len(images) == len(PROMPTS) == 22
+    assert [prompt for prompt, _ in images] == PROMPTS
+    pictures = [picture for _, picture in images]
+    assert all(p.shape == (16, 16, 3) and p.dtype == np.uint8 for p in pictures)
+    assert len({p.tobytes() for p in pictures}) == 22
+    names = {"set.json", "records.jsonl", ".lock", *(f"{i:06d}.png" for i in range(22))}
+    assert set(contents(images)) == names
+    batches = list(images.batches(10))
+    assert [len(prompts) for prompts, _ in batches] == [10, 10, 2]
+    assert np.array_equal(np.concatenate([pixels for _, pixels in batches]), np.stack(pictures))
+
+
+def test_images_are_those_of_a_plain_loop(model: ToyModel, tmp_path: Path) -> None:
+    images = generate(model, NO_CHANGE, PROMPTS[:4], SETTINGS, tmp_path)
+    unconditional = model.encode_prompts([""])
+    for prompt, picture in images:
+        x_0 = generation.sample_latents(
+            model,
+            model.encode_prompts([prompt.text]),
+            unconditional,
+            [prompt.seed],
+            steps=3,
+            guidance=2.0,
+        )
+        expected = model.decode_latents(x_0)[0].permute(1, 2, 0).numpy() * 255  # (H, W, 3)
+        assert np.abs(picture - expected).max() <= 0.5 + 1e-2
+
+
+def test_images_are_those_of_the_diffusers_pipeline(
+    tiny_model: StableDiffusionModel, tiny_pipeline: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    prompts = [Prompt("a church", 3, "church"), Prompt("a face", 4, "face")]
+    images = generate(tiny_model, NO_CHANGE, prompts, SETTINGS, tmp_path)
+    for prompt, picture in images:
+        expected = tiny_pipeline(
+            prompt.text,
+            num_inference_steps=SETTINGS.steps,
+            guidance_scale=SETTINGS.guidance,
+            generator=torch.Generator().manual_seed(prompt.seed),
+        ).images[0]
+        assert np.abs(picture.astype(int) - np.asarray(expected)).max() <= 1
+
+
+def test_a_complete_set_is_not_sampled_again(
+    model: ToyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = generate(model, NO_CHANGE, PROMPTS, SETTINGS, tmp_path)
+    before = contents(first)
+    forbid_sampling(monkeypatch)
+    again = generate(ToyModel(), NO_CHANGE, PROMPTS, SETTINGS, tmp_path)
+    assert again.folder == first.folder
+    assert contents(again) == before
+
+
+def test_an_edited_set_differs_and_the_model_comes_back(model: ToyModel, tmp_path: Path) -> None:
+    before = {name: p.clone() for name, p in model.denoiser.state_dict().items()}
+    plain = generate(model, NO_CHANGE, PROMPTS, SETTINGS, tmp_path)
+    edited = generate(model, knock_out(model), PROMPTS, SETTINGS, tmp_path)
+    assert edited.folder != plain.folder
+    assert not np.array_equal(edited.read(0), plain.read(0))
+    assert all(torch.equal(p, before[name]) for name, p in model.denoiser.state_dict().items())
+
+
+def test_killed_five_times_equals_never_killed(model: ToyModel, tmp_path: Path) -> None:
+    points = ["sample:0", "write:5", "sample:1", "record:3", "write:0"]
+    root = tmp_path / "killed"
+    path = os.pathsep.join([str(REPOSITORY), str(Path(__file__).parent)])
+    worker = subprocess.run(
+        [sys.executable, str(Path(__file__).parent / "killed_worker.py"), str(root), *points],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert worker.stdout.splitlines() == [f"{point} -9" for point in points], worker.stderr
+    whole = generate(model, NO_CHANGE, PROMPTS, SETTINGS, tmp_path / "whole")
+    folder = root / whole.folder.name
+    begun = {path.name for path in folder.glob("*.png")}
+    assert 5 <= len(begun) < 22
+    assert list(folder.glob(".*.tmp"))
+    resumed = generate(model, NO_CHANGE, PROMPTS, SETTINGS, root)
+    assert contents(resumed) == contents(whole)
+
+
+def test_an_exception_between_batches_loses_nothing(
+    model: ToyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample = generation.sample_latents
+    batches = iter(range(2))
+
+    def interrupted(*args: object, **kwargs: object) -> object:
+        if next(batches, None) is None:
+            raise KeyboardInterrupt
+        return sample(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(generation, "sample_latents", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, NO_CHANGE, PROMPTS, SETTINGS, tmp_path / "cut")
+    monkeypatch.undo()
+    whole = generate(model, NO_CHANGE, PROMPTS, SETTINGS, tmp_path / "whole")
+    folder = tmp_path / "cut" / whole.folder.name
+    assert len(list(folder.glob("*.png"))) == 8
+    assert len((folder / "records.jsonl").read_text().splitlines()) == 8
+    resumed = generate(model, NO_CHANGE, PROMPTS, SETTINGS, tmp_path / "cut")
+    assert contents(resumed) == contents(whole)
+
+
+def test_damage_is_found_named_and_repaired(
+    model: ToyModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    images = generate(model, NO_CHANGE, PROMPTS, SETTINGS, tmp_path)
+    whole = contents(images)
+    truncated = images.path(3)
+    truncated.write_bytes(truncated.read_bytes()[:-20])
+    images.path(9).write_bytes(images.path(10).read_bytes())
+    images.path(17).unlink()
+    records = images.folder / "records.jsonl"
+    lines = records.read_text().splitlines(keepends=True)
+    lines[20] = lines[20].replace("image", "photo")
+    records.write_text("".join(lines[:21]) + lines[21][:30])
+    (images.folder / ".000005.png.abc.tmp").write_bytes(b"half")
+    with caplog.at_level(logging.INFO):
+        generate(model, NO_CHANGE, PROMPTS, SETTINGS, tmp_path)
+    assert contents(images) == whole
+    assert "000003.png, 000009.png differs from its recorded SHA-256" in caplog.text
+    assert "000017.png is recorded but gone" in caplog.text
+    assert "000020.png, 000021.png was written but not recorded" in caplog.text
+    assert "17 of 22 images are there" in caplog.text
+
+
+def test_only_batches_with_something_missing_are_sampled(
+    model: ToyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = generate(model, NO_CHANGE, PROMPTS, SETTINGS, tmp_path)
+    images.path(9).unlink()
+    sample, sampled = generation.sample_latents, []
+
+    def recording(*args: object, **kwargs: object) -> object:
+        sampled.append(args[3])
+        return sample(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(generation, "sample_latents", recording)
+    kept = images.path(8).stat().st_mtime_ns
+    generate(model, NO_CHANGE, PROMPTS, SETTINGS, tmp_path)
+    assert sampled == [[prompt.seed for prompt in PROMPTS[8:12]]]
+    assert images.path(8).stat().st_mtime_ns == kept
+
+
+def test_a_full_disk_stops_with_a_message_and_keeps_what_was_written(
+    model: ToyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, written = image_writer.write_atomically, []
+
+    def filling(path: Path, data: bytes) -> None:
+        if len(written) == 6:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written.append(path)
+        write(path, data)
+
+    monkeypatch.setattr(image_writer, "write_atomically", filling)
+    with pytest.raises(UserError, match=r"No space left on device.*goes on from there"):
+        generate(model, NO_CHANGE, PROMPTS, SETTINGS, tmp_path / "full")
+    monkeypatch.undo()
+    assert len(list((tmp_path / "full").rglob("*.png"))) == 6
+    resumed = generate(model, NO_CHANGE, PROMPTS, SETTINGS, tmp_path / "full")
+    whole = generate(model, NO_CHANGE, PROMPTS, SETTINGS, tmp_path / "whole")
+    assert contents(resumed) == contents(whole)
+
+
+def test_each_distinct_prompt_is_encoded_once(model: ToyModel, tmp_path: Path) -> None:
+    generate(model, NO_CHANGE, PROMPTS, SETTINGS, tmp_path)
+    texts = {"", *(prompt.text for prompt in PROMPTS)}
+    assert model.encoded == dict.fromkeys(texts, 1)
+
+
+@pytest.mark.parametrize("batch_size", [4, 7])
+def test_an_image_depends_on_order_and_batch_by_rounding_only(
+    model: ToyModel, tmp_path: Path, batch_size: int
+) -> None:
+    images = generate(model, NO_CHANGE, PROMPTS, SETTINGS, tmp_path)
+    order = np.random.default_rng(0).permutation(len(PROMPTS))[:15]
+    settings = replace(SETTINGS, batch_size=batch_size)
+    shuffled = generate(model, NO_CHANGE, [PROMPTS[i] for i in order], settings, tmp_path)
+    for position, index in enumerate(order):
+        difference = np.abs(shuffled.read(position).astype(int) - images.read(index))
+        assert difference.max() <= 1
+        assert (difference > 0).mean() < 0.01
+
+
+def test_the_key_changes_with_everything_that_matters(model: ToyModel) -> None:
+    def key(
+        model: DiffusionModel = model,
+        edited: int = 0,
+        prompts: list[Prompt] = PROMPTS,
+        settings: SamplerSettings = SETTINGS,
+    ) -> str:
+        edit = knock_out(model, edited) if edited else NO_CHANGE
+        return set_key(describe_set(model, edit, prompts, settings))
+
+    other_scheduler = ToyModel()
+    other_scheduler.scheduler_config = {"num_train_timesteps": 50}
+    first = PROMPTS[0]
+    keys = [
+        key(),
+        key(model=ToyModel(seed=1)),
+        key(model=other_scheduler),
+        key(edited=4),
+        key(edited=5),
+        key(prompts=PROMPTS[:-1]),
+        key(prompts=PROMPTS[::-1]),
+        key(prompts=[replace(first, text="a church"), *PROMPTS[1:]]),
+        key(prompts=[replace(first, seed=first.seed + 1), *PROMPTS[1:]]),
+        key(settings=replace(SETTINGS, steps=4)),
+        key(settings=replace(SETTINGS, guidance=2.5)),
+        key(settings=replace(SETTINGS, kind="ddim")),
+        key(settings=replace(SETTINGS, batch_size=5)),
+    ]
+    assert len(set(keys)) == len(keys)
+    assert key() == key(model=ToyModel()) == key(settings=replace(SETTINGS, guidance=2))
+    assert key(prompts=[replace(prompt, group="other") for prompt in PROMPTS]) == key()
+
+
+def test_the_key_changes_with_library_versions(
+    model: ToyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = set_key(describe_set(model, NO_CHANGE, PROMPTS, SETTINGS))
+    monkeypatch.setattr(generation, "version", lambda name: "0")
+    assert set_key(describe_set(model, NO_CHANGE, PROMPTS, SETTINGS)) != before
+
+
+def test_partition() -> None:
+    assert partition(7, 3) == [range(3), range(3, 6), range(6, 7)]
+    assert partition(3, 3) == [range(3)]
+
+
+def test_pixels_are_rounded_clamped_and_finite(caplog: pytest.LogCaptureFixture) -> None:
+    values = torch.tensor([0.0, 0.5, 1.0, 1.2, -0.1, float("nan")]).view(2, 3, 1, 1)
+    pixels = _to_pixels(values)
+    assert pixels.reshape(-1).tolist() == [0, 128, 255, 255, 0, 0]
+    assert "1 images have values that are not finite" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, "sampler.steps=0"),
+        ({"batch_size": 0}, "sampler.batch_size=0"),
+        ({"guidance": float("nan")}, "sampler.guidance=nan"),
+    ],
+)
+def test_bad_settings_are_refused(change: dict[str, float], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        replace(SETTINGS, **change)  # type: ignore[arg-type]
+
+
+def test_no_prompts_and_an_edit_of_another_model_are_refused(
+    model: ToyModel, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="no prompts"):
+        generate(model, NO_CHANGE, [], SETTINGS, tmp_path)
+    with pytest.raises(UserError, match="other weights"):
+        generate(model, knock_out(ToyModel(seed=1)), PROMPTS, SETTINGS, tmp_path)
