@@ -1,0 +1,1 @@
+"""What is run and shown: one experiment, its result folder, its table, picture and sweep plot."""

@@ -1,0 +1,224 @@
+"""From a composed configuration to one experiment: defaults, checks, identity.
+
+Light on purpose: PyTorch is imported by `settle` alone, so `run.py --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from cad.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+# Raise it when the same configuration means another result, so that old folders are not reused.
+RESULT_VERSION = 1
+HASH_LENGTH = 12  # hexadecimal digits
+COMPONENTS = ("ff", "attn1", "attn2", "residual")
+SELECTIONS = ("row", "layer")
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+CONTENT_KEYS = ("path", "folder")  # a local path stands for what lies there
+# What changes no result, or (device, dtype) stands in the identity once, as it was resolved.
+LEFT_OUT = ("store", "device", "dtype", "size_gb", "licence", "gated", "note")
+
+
+def register_resolvers() -> None:
+    """Make `${default_ratio:...}`, `${short_hash:...}` and `${repository:}` known to OmegaConf.
+
+    `short_hash` is cached in the configuration, so all jobs of a multirun share its folder.
+    """
+    OmegaConf.register_new_resolver("default_ratio", default_ratio, replace=True)
+    OmegaConf.register_new_resolver("short_hash", short_hash, replace=True, use_cache=True)
+    OmegaConf.register_new_resolver("repository", lambda: str(REPOSITORY), replace=True)
+
+
+def default_ratio(ratios: DictConfig, edit: str, concept: DictConfig) -> float | None:
+    """The ratio that a model's `ratios` name for an edit and a concept, a fraction in (0, 1].
+
+    In this order: `ratios.<edit>.by_concept.<concept>`, `ratios.<edit>.<kind of concept>`. None
+    where the model has no ratios for the edit (`edit=none`, methods without a ratio) or none for
+    the kind; `check` refuses the latter for an edit that needs one.
+    """
+    if edit not in ratios:
+        return None
+    table = ratios[edit]
+    if concept.name in table.by_concept:
+        return float(table.by_concept[concept.name])
+    return float(table[concept.kind]) if concept.kind in table else None
+
+
+def check(cfg: DictConfig) -> None:
+    """Raise UserError for the first value that cannot work, before anything is loaded."""
+    _check_adapter(cfg)
+    _check_concept(cfg)
+    _check_ratio(cfg)
+    _check_choice("component", cfg.component, COMPONENTS)
+    _check_choice("ratio.per", cfg.ratio.per, SELECTIONS)
+    _check_choice("dtype", cfg.dtype, DTYPES)
+    if not DEVICE.fullmatch(str(cfg.device)):
+        raise UserError(f"device={cfg.device} is unknown; allowed: auto, cpu, cuda, cuda:N")
+    _check_count("seed", cfg.seed, 0)
+    _check_count("images_per_class", cfg.images_per_class, 1)
+    _check_count("effect.count", cfg.effect.count, 0)
+    if cfg.effect.count == 1:
+        raise UserError("effect.count=1: a correlation needs at least 2 ablations; 0 means none")
+    if cfg.limit is not None:
+        _check_count("limit", cfg.limit, 1)
+    _check_fraction("effect.share", cfg.effect.share)
+    if cfg.effect.share == 1:
+        raise UserError("effect.share=1 leaves nothing to choose; it lies above 0 and below 1")
+    if cfg.effect.count and "attribution" not in cfg.edit:
+        raise UserError(
+            f"effect.count={cfg.effect.count} needs an edit with an attribution; "
+            f"edit={cfg.edit.name} has none. Use effect.count=0 or edit=erase"
+        )
+
+
+def settle(cfg: DictConfig) -> DictConfig:
+    """A copy of `cfg` whose device and dtype are chosen: "auto" becomes what this machine has.
+
+    Raises UserError for a device that is not there.
+    """
+    from cad.models.base import resolve_device, resolve_dtype
+
+    settled: DictConfig = cfg.copy()
+    device = resolve_device(cfg.device)
+    settled.device = str(device)
+    settled.dtype = str(resolve_dtype(cfg.dtype, device)).removeprefix("torch.")
+    return settled
+
+
+def identity(cfg: DictConfig) -> dict[str, Any]:
+    """Everything that determines the result of a settled configuration, as plain JSON data.
+
+    The chosen prompts, evaluators, edit and model are in, with their defaults resolved; where
+    results lie and who logs them is not. A local path is replaced by the SHA-256 of its content.
+    """
+    chosen = {
+        "version": RESULT_VERSION,
+        "model": {"adapter": plain(cfg.model.adapter), "sampler": plain(cfg.model.sampler)},
+        "concept": plain(cfg.concept),
+        "edit": plain(cfg.edit),
+        "prompts": plain(cfg.prompts),
+        "evaluator": plain(cfg.evaluator),
+        "seed": cfg.seed,
+        "limit": cfg.limit,
+        "effect": plain(cfg.effect),
+    }
+    return {**_by_content(chosen), "device": cfg.device, "dtype": cfg.dtype}
+
+
+def short_hash(value: Any) -> str:
+    """The first HASH_LENGTH digits of the SHA-256 of a value's JSON."""
+    if OmegaConf.is_config(value):
+        value = OmegaConf.to_container(value, resolve=True)
+    text = json.dumps(value, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:HASH_LENGTH]
+
+
+def content_digest(path: Path) -> str:
+    """SHA-256 over the names and bytes of a file, or of all files of a folder; "absent" if none."""
+    if not path.exists():
+        return "absent"
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    digest = hashlib.sha256()
+    for file in files:
+        name = file.relative_to(path).as_posix() if path.is_dir() else file.suffix
+        digest.update(f"{name}\0".encode())
+        with file.open("rb") as handle:
+            digest.update(hashlib.file_digest(handle, "sha256").digest())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def plain(node: Any) -> Any:
+    """A configuration node as plain resolved dictionaries and lists; other values as they are."""
+    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+
+
+def _by_content(value: Any) -> Any:
+    """`value` without cache locations, its local paths replaced by digests of their content."""
+    if isinstance(value, list):
+        return [_by_content(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    kept = {key: item for key, item in value.items() if key not in LEFT_OUT}
+    return {
+        key: content_digest(Path(item))
+        if key in CONTENT_KEYS and isinstance(item, str)
+        else _by_content(item)
+        for key, item in kept.items()
+    }
+
+
+def _check_adapter(cfg: DictConfig) -> None:
+    if cfg.model.adapter._target_ is not None:
+        return
+    source = cfg.model.source
+    raise UserError(
+        f"model={cfg.model.name} is described in conf/model/{cfg.model.name}.yaml, but this "
+        f"version has no adapter for its family yet, so it cannot be run. Its weights would come "
+        f"from {source.repo} on the Hugging Face hub (revision {source.revision}, about "
+        f"{source.size_gb} GB, {source.licence}{', gated' if source.gated else ''}). What runs "
+        "now: model=mini, which is shipped, and model=sd14 or model=sd21 with their weights."
+    )
+
+
+def _check_concept(cfg: DictConfig) -> None:
+    known = cfg.model.concepts
+    if known is not None and cfg.concept.name not in known:
+        raise UserError(
+            f"concept={cfg.concept.name} is unknown to model={cfg.model.name}, which draws: "
+            f"{', '.join(known)}. Choose one of these, or another model"
+        )
+    groups = concept_groups(cfg)
+    if groups and cfg.concept.name not in groups:
+        raise UserError(
+            f"concept={cfg.concept.name} has no images in the chosen prompts, whose groups are: "
+            f"{', '.join(groups)}. Choose a concept among them, other prompts (prompts=NAME), or "
+            f'add it: +prompts.subjects.{cfg.concept.name}="{cfg.concept.text}"'
+        )
+
+
+def concept_groups(cfg: DictConfig) -> list[str]:
+    """The groups that the chosen prompts announce: their styles or subjects, if either."""
+    if cfg.prompts is None:
+        return []
+    for key in ("styles", "subjects"):
+        if key in cfg.prompts:
+            return [str(name) for name in cfg.prompts[key]]
+    return []
+
+
+def _check_ratio(cfg: DictConfig) -> None:
+    if "selection" not in cfg.edit:
+        return
+    if cfg.ratio.value is None:
+        raise UserError(
+            f"conf/model/{cfg.model.name}.yaml has no default ratio for edit={cfg.edit.name} of "
+            f"concept={cfg.concept.name} (kind {cfg.concept.kind}): set ratio.value, a fraction "
+            "in (0, 1]"
+        )
+    _check_fraction("ratio.value", cfg.ratio.value)
+
+
+def _check_fraction(key: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        raise UserError(
+            f"{key}={value} is not allowed: it is a fraction of the weights, above 0 and at most 1"
+        )
+
+
+def _check_count(key: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UserError(f"{key}={value} is not allowed: it is a whole number, at least {least}")
+
+
+def _check_choice(key: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UserError(f"{key}={value} is not allowed; choose one of {', '.join(allowed)}")

@@ -1,0 +1,118 @@
+"""Stage 1: the classifier of real photographs, the miniature's stand-in for ResNet-50.
+
+It never sees a generated or a stylised picture. Its features serve FID, the autoencoder's
+perceptual loss, and the choice of typical photographs.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from evaluation.evaluators.small_resnet import SmallResNet, load_classifier, save_classifier
+from experiments.miniature.captions import SUBJECTS
+from experiments.miniature.data import SIZE, Photographs
+from experiments.miniature.stages import Workshop
+from experiments.miniature.training import Schedule, train
+
+log = logging.getLogger(__name__)
+
+PADDING = 8  # pixels of reflected border that random crops may reach into
+
+
+def run(workshop: Workshop, schedule: Schedule, label_smoothing: float) -> None:
+    """Train, and write workshop.folder/classifier/ with its held-out accuracy."""
+    folder = workshop.stage("classifier")
+    photographs = workshop.photographs("train")
+    network = workshop.place(SmallResNet(tuple(SUBJECTS)))
+    by_class = photographs.by_label()
+
+    def loss(generator: torch.Generator, step: int) -> Tensor:
+        index, labels = balanced_batch(by_class, schedule.batch_size, generator)
+        pixels = augment(photographs.pixels(index), generator)
+        logits = network(workshop.place(pixels))
+        return F.cross_entropy(
+            logits.float(), workshop.place(labels), label_smoothing=label_smoothing
+        )
+
+    average = train(network, loss, schedule, folder, workshop.seed)
+    assert isinstance(average, SmallResNet)
+    save_classifier(folder, average.cpu(), dtype=torch.float16)
+    held_out = workshop.photographs("val")
+    right = predict(load_classifier(folder), held_out).argmax(1) == held_out.labels
+    workshop.report(
+        "classifier",
+        steps=schedule.steps,
+        batch_size=schedule.batch_size,
+        validation_accuracy=float(right.float().mean()),
+    )
+
+
+def balanced_batch(
+    by_class: list[Tensor], batch_size: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Indices and labels (B,) int64; every class equally likely, however many pictures it has."""
+    labels = torch.randint(len(by_class), (batch_size,), generator=generator)
+    draws = torch.rand(batch_size, generator=generator)
+    index = torch.stack(
+        [by_class[c][int(d * len(by_class[c]))] for c, d in zip(labels, draws, strict=True)]
+    )
+    return index, labels
+
+
+def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Random shift, flip, brightness and contrast; one shift and contrast for each image."""
+    n = len(pixels)
+    flip = torch.rand(n, generator=generator) < 0.5
+    pixels = torch.where(flip.view(n, 1, 1, 1), pixels.flip(3), pixels)
+    padded = F.pad(pixels, (PADDING,) * 4, mode="reflect")
+    corner = torch.randint(2 * PADDING + 1, (n, 2), generator=generator)
+    pixels = torch.stack(
+        [
+            p[:, y : y + SIZE, x : x + SIZE]
+            for p, (y, x) in zip(padded, corner.tolist(), strict=True)
+        ]
+    )
+    gain = 1 + 0.4 * (torch.rand(n, 1, 1, 1, generator=generator) - 0.5)
+    bias = 0.3 * (torch.rand(n, 1, 1, 1, generator=generator) - 0.5)
+    tint = 1 + 0.2 * (torch.rand(n, 3, 1, 1, generator=generator) - 0.5)
+    mean = pixels.mean((1, 2, 3), keepdim=True)
+    return (((pixels - mean) * gain + mean + bias) * tint).clamp(0, 1)
+
+
+@torch.inference_mode()
+def predict(network: SmallResNet, photographs: Photographs, batch_size: int = 512) -> Tensor:
+    """Logits (N, classes) float32 on the CPU."""
+    device = network.mean.device
+    parts = torch.arange(len(photographs)).split(batch_size)
+    return torch.cat([network(photographs.pixels(i).to(device)).float().cpu() for i in parts])
+
+
+@torch.inference_mode()
+def typical(
+    network: SmallResNet, photographs: Photographs, per_subject: int, batch_size: int = 512
+) -> Tensor:
+    """Indices of each subject's most typical photographs, by subject and most typical first.
+
+    Typical = nearest by cosine to the mean feature of those that the classifier recognises; these
+    first. A small model learns to draw these far sooner than all of them.
+    """
+    device = network.mean.device
+    parts = torch.arange(len(photographs)).split(batch_size)
+    features = torch.cat(
+        [network.features(photographs.pixels(i).to(device)).float().cpu() for i in parts]
+    )
+    recognised = network.head.cpu()(features).argmax(1) == photographs.labels
+    network.head.to(device)
+    features = F.normalize(features, dim=1)
+    chosen = []
+    for label in range(len(SUBJECTS)):
+        members = (photographs.labels == label).nonzero().squeeze(1)
+        known = recognised[members]
+        centre = F.normalize(features[members[known] if known.any() else members].mean(0), dim=0)
+        closeness = features[members] @ centre + 2 * known  # cosines lie in [-1, 1]
+        chosen.append(members[closeness.argsort(descending=True, stable=True)[:per_subject]])
+    return torch.cat(chosen)

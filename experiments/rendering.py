@@ -1,0 +1,128 @@
+"""A result's table, from the files of its folder alone: console, markdown, tracker.
+
+Cells are formatted here and nowhere else, so all of them show the same digits.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+from experiments.results import read_json
+
+DASH = "–"  # nothing was measured
+DECIMALS = 1
+
+
+def result_table(metrics: dict[str, Any], cost: dict[str, Any]) -> pd.DataFrame:
+    """Rows of a run's table, cells as text: quantity, before, after, change."""
+    rows = [_metric_row(metrics, name, scope) for name, scope in _measured(metrics)]
+    rows += _cost_rows(metrics, cost)
+    if metrics["effect"] is not None:
+        effect = metrics["effect"]
+        label = f"predicted against measured effect, Pearson r (n = {effect['count']})"
+        rows.append([label, DASH, f"{effect['pearson_r']:.3f}", DASH])
+    return pd.DataFrame(rows, columns=["", "before", "after", "change"])
+
+
+def to_markdown(frame: pd.DataFrame) -> str:
+    """`frame` as a markdown table, its cells untouched."""
+    return str(frame.to_markdown(index=False, disable_numparse=True)) + "\n"
+
+
+def show_result(folder: Path, *, reused: bool) -> None:
+    """Print a finished run: table, picture and folder."""
+    metrics, cost = read_json(folder / "metrics.json"), read_json(folder / "cost.json")
+    console = Console(highlight=False)
+    if reused:
+        console.print("\nThis experiment was finished before; nothing was computed.")
+    show_table(result_table(metrics, cost), title(metrics), console)
+    picture = folder / "before_after.png"
+    if picture.exists():
+        _print_path(console, "before / after", picture)
+    _print_path(console, "result folder", folder)
+
+
+def show_table(frame: pd.DataFrame, caption: str, console: Console | None = None) -> None:
+    """Print a table of ready cells under its caption."""
+    table = Table(title=caption, title_justify="left", title_style="bold")
+    for number, column in enumerate(frame.columns):
+        table.add_column(str(column), justify="left" if number == 0 else "right")
+    for cells in frame.itertuples(index=False):
+        table.add_row(*[str(cell) for cell in cells])
+    (console or Console(highlight=False)).print(table)
+
+
+def title(metrics: dict[str, Any]) -> str:
+    """What was done, in a line: "erase parachute from mini, ratio 0.01 per row of ff"."""
+    edit = metrics["edit"]
+    if edit["name"] == "none":
+        return f"{metrics['concept']} by {metrics['model']['name']}, unedited"
+    how = "" if edit["ratio"] is None else f", ratio {edit['ratio']:g} per {edit['per']}"
+    where = f" of {edit['component']}" if how else ""
+    return f"{edit['name']} {metrics['concept']}, {metrics['model']['name']}{how}{where}"
+
+
+def find_metric(
+    metrics: dict[str, Any], name: str, scope: str, state: str
+) -> dict[str, Any] | None:
+    """The aggregate of a metric over a scope ("target", "others") in a state; None if not there."""
+    for row in metrics["metrics"]:
+        if (row["name"], row["scope"], row["state"]) == (name, scope, state):
+            found: dict[str, Any] = row
+            return found
+    return None
+
+
+def format_interval(row: dict[str, Any] | None) -> str:
+    """Value and 95 % interval in the metric's unit, "95.0 [76.4, 99.1]", or a dash."""
+    if row is None:
+        return DASH
+    value, low, high = (f"{row[key]:.{DECIMALS}f}" for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
+def _measured(metrics: dict[str, Any]) -> list[tuple[str, str]]:
+    pairs = {
+        (row["name"], row["scope"]): None for row in metrics["metrics"] if row["scope"] != "group"
+    }
+    return list(pairs)
+
+
+def _metric_row(metrics: dict[str, Any], name: str, scope: str) -> list[str]:
+    before = find_metric(metrics, name, scope, "before")
+    after = find_metric(metrics, name, scope, "after")
+    change = DASH
+    if before is not None and after is not None:
+        change = f"{after['value'] - before['value']:+.{DECIMALS}f}"
+    label = _label(metrics, before or after, scope)
+    return [label, format_interval(before), format_interval(after), change]
+
+
+def _label(metrics: dict[str, Any], row: dict[str, Any] | None, scope: str) -> str:
+    if row is None:
+        return DASH
+    arrow = "↑" if row["higher_is_better"] else "↓"
+    name = row["name"].replace("_", " ")
+    who = metrics["concept"] if scope == "target" else f"the {metrics['others']} others"
+    direction = f" {arrow}" if scope == "others" else ""
+    return f"{name} on {who}, {row['unit']}{direction} (n = {row['n']})"
+
+
+def _cost_rows(metrics: dict[str, Any], cost: dict[str, Any]) -> list[list[str]]:
+    if metrics["edit"]["name"] == "none":
+        return []
+    cached = " (cached scores; cost of making them)" if cost["cached"] else ""
+    return [
+        ["weights changed", DASH, f"{metrics['edit']['num_weights']:,}", DASH],
+        [f"editing time{cached}", DASH, f"{cost['seconds']:.1f} s", DASH],
+        ["peak memory of editing", DASH, f"{cost['peak_memory_mb']:,.0f} MB", DASH],
+    ]
+
+
+def _print_path(console: Console, label: str, path: Path) -> None:
+    console.print(f"{label}: {path}", soft_wrap=True, markup=False)

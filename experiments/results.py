@@ -1,0 +1,138 @@
+"""Result folders: whole or absent, addressed by the hash of what determines them.
+
+`<runs>/<name>-<hash>/` exists only once its last file is written: an unfinished run works in
+`<runs>/.unfinished/<name>-<hash>/`, which is renamed into place. `manifest.json` holds the SHA-256
+of every file, checked on each reuse. Files of a folder:
+
+    config.yaml         the configuration as composed and resolved
+    edit.safetensors    the edit (cad.weight_edit)
+    records.jsonl       one line per image, before and after the edit
+    metrics.json        aggregates with n, interval, unit, direction, version; deterministic
+    cost.json           editing time and peak memory: the machine's, hence apart
+    environment.json    versions, commit, device, date
+    effects.csv         predicted and measured change of J of each ablation, if asked for
+    table.md, before_after.png
+    manifest.json       SHA-256 of the above
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from omegaconf import DictConfig
+
+from cad.errors import UserError
+from evaluation.files import write_atomically
+from experiments.config import identity, short_hash
+
+MANIFEST = "manifest.json"
+UNFINISHED = ".unfinished"
+UNTRACKED = ("wandb",)  # a mirror of the result, not part of it
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ResultFolder:
+    """The place of one experiment's result under `runs`."""
+
+    runs: Path
+    label: str  # "<model>-<concept>-<edit>", for people
+    digest: str  # of the configuration's identity
+
+    @classmethod
+    def of(cls, cfg: DictConfig) -> Self:
+        """The folder that a settled configuration's result has."""
+        label = f"{cfg.model.name}-{cfg.concept.name}-{cfg.edit.name}"
+        return cls(Path(cfg.paths.runs), label, short_hash(identity(cfg)))
+
+    @property
+    def name(self) -> str:
+        return f"{self.label}-{self.digest}"
+
+    @property
+    def final(self) -> Path:
+        return self.runs / self.name
+
+    @property
+    def work(self) -> Path:
+        return self.runs / UNFINISHED / self.name
+
+    def is_complete(self) -> bool:
+        """Whether the result is there and every file is as its manifest says."""
+        return self.final.is_dir() and not _damaged(self.final)
+
+    def open(self) -> Path:
+        """The folder to work in, with what an earlier attempt left there.
+
+        A finished result with missing or altered files is reopened: the intact files stay. Raises
+        UserError where the folder cannot be made.
+        """
+        try:
+            self.work.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"paths.results: cannot write to {self.runs} ({error.strerror}); choose another "
+                "folder with paths.results=DIR"
+            ) from error
+        if self.final.is_dir() and not self.work.exists():
+            damaged = _damaged(self.final)
+            logger.warning("%s: damaged or missing %s; made again", self.final, ", ".join(damaged))
+            for name in damaged:
+                (self.final / name).unlink(missing_ok=True)
+            self.final.replace(self.work)
+        elif self.work.exists() and any(self.work.iterdir()):
+            logger.info("resuming %s", self.name)
+        self.work.mkdir(exist_ok=True)
+        return self.work
+
+    def close(self) -> Path:
+        """Write the manifest of the finished work and move it into place. Returns `final`."""
+        digests = {name: _sha256(self.work / name) for name in _files(self.work)}
+        write_json(self.work / MANIFEST, digests)
+        self.work.replace(self.final)
+        return self.final
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`value` as indented JSON, written atomically. Refuses NaN, which is not JSON."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_atomically(path, text.encode())
+
+
+def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
+    """`records` as JSON lines, written atomically."""
+    lines = (json.dumps(record, ensure_ascii=False, allow_nan=False) for record in records)
+    write_atomically(path, "".join(line + "\n" for line in lines).encode())
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file of a result folder."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _damaged(folder: Path) -> list[str]:
+    """Names of the files that are not as the manifest says; the manifest itself if unreadable."""
+    try:
+        digests = read_json(folder / MANIFEST)
+    except (OSError, ValueError):
+        return [MANIFEST]
+    return [
+        name
+        for name, digest in digests.items()
+        if not (folder / name).is_file() or _sha256(folder / name) != digest
+    ]
+
+
+def _files(folder: Path) -> list[str]:
+    names = (p.relative_to(folder) for p in sorted(folder.rglob("*")) if p.is_file())
+    return [n.as_posix() for n in names if n.parts[0] not in UNTRACKED and n.name != MANIFEST]
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,172 @@
+"""What a multirun ends with: one table of all its runs, and accuracy against ratio (Figure 7).
+
+Every job leaves `result.json` in its own folder of the multirun, so that the summary can be made
+whatever launcher ran the jobs. Files: sweep.csv, table.md, and plot.png, plot.pdf where some
+configuration was run at two ratios or more.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+from evaluation.files import write_atomically
+from experiments.rendering import DASH, find_metric, format_interval, show_table, to_markdown
+from experiments.results import read_json, write_json
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+LINK = "result.json"
+SERIES = ["model", "concept", "edit", "component", "per", "seed", "metric"]
+PANELS_PER_ROW = 3
+PANEL_SIZE = (4.2, 3.4)  # inches
+COLOURS = {"target": "#D55E00", "others": "#0072B2"}  # Okabe and Ito's, safe for colour-blind eyes
+MARKERS = {"target": "o", "others": "s"}
+
+logger = logging.getLogger(__name__)
+
+
+class SweepSummary(Callback):
+    """Hydra callback: summarises a multirun when its last job has ended."""
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        summarise(Path(config.hydra.sweep.dir))
+
+
+def note_result(job_folder: Path, result: Path) -> None:
+    """Leave a job's link to its result folder in the job's own folder."""
+    write_json(job_folder / LINK, {"folder": str(result)})
+
+
+def summarise(folder: Path) -> None:
+    """Write and print the table of a multirun's results, and plot them if ratios were swept."""
+    jobs = [path for path in folder.iterdir() if (path / LINK).is_file()]
+    results = [Path(read_json(job / LINK)["folder"]) for job in sorted(jobs, key=_job_number)]
+    if not results:
+        return
+    frame = pd.concat([tidy(result) for result in results], ignore_index=True)
+    write_atomically(folder / "sweep.csv", frame.to_csv(index=False).encode())
+    table = sweep_table(results)
+    write_atomically(folder / "table.md", to_markdown(table).encode())
+    show_table(table, f"{len(results)} runs")
+    series = ratio_series(frame)
+    if series:
+        plot(series, folder)
+        logger.info("accuracy against ratio: %s", folder / "plot.png")
+    logger.info("sweep folder: %s", folder)
+
+
+def tidy(result: Path) -> pd.DataFrame:
+    """The target's and the others' metrics of a result, one row each, with their settings."""
+    metrics = read_json(result / "metrics.json")
+    settings = _settings(metrics)
+    rows = [
+        settings
+        | {"metric": row["name"], "scope": row["scope"], "state": row["state"]}
+        | {key: row[key] for key in ("value", "low", "high", "n", "unit", "version")}
+        | {"result": result.name}
+        for row in metrics["metrics"]
+        if row["scope"] != "group"
+    ]
+    return pd.DataFrame(rows)
+
+
+def sweep_table(results: list[Path]) -> pd.DataFrame:
+    """One row per run and metric: settings, then target and others before and after, as text."""
+    rows = []
+    for result in results:
+        metrics = read_json(result / "metrics.json")
+        settings = {
+            key: DASH if value is None else str(value) for key, value in _settings(metrics).items()
+        }
+        for name in dict.fromkeys(row["name"] for row in metrics["metrics"]):
+            cells = {
+                f"{scope} {state}": format_interval(find_metric(metrics, name, scope, state))
+                for scope in ("target", "others")
+                for state in ("before", "after")
+            }
+            rows.append(settings | {"metric": name} | cells)
+    return pd.DataFrame(rows)
+
+
+def ratio_series(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The rows of each configuration that was run at two ratios or more, by its title."""
+    if frame.empty:
+        return {}
+    found = {}
+    varying = [key for key in SERIES if frame[key].nunique() > 1 or key == "concept"]
+    for key, group in frame.groupby(SERIES, sort=False, dropna=True):
+        if group["ratio"].nunique() > 1:
+            names = dict(zip(SERIES, key, strict=True))
+            found[", ".join(str(names[name]).replace("_", " ") for name in varying)] = group
+    return found
+
+
+def plot(series: dict[str, pd.DataFrame], folder: Path) -> None:
+    """Write plot.png and plot.pdf: a panel per configuration, metric against ratio."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    columns = min(len(series), PANELS_PER_ROW)
+    rows = math.ceil(len(series) / columns)
+    size = (PANEL_SIZE[0] * columns, PANEL_SIZE[1] * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for panel, (name, group) in zip(axes.flat, series.items(), strict=False):
+        _draw(panel, name, group)
+    for empty in axes.flat[len(series) :]:
+        empty.set_axis_off()
+    axes.flat[0].legend(fontsize="small")
+    for suffix in ("png", "pdf"):
+        figure.savefig(folder / f"plot.{suffix}", dpi=150)
+    plt.close(figure)
+
+
+def _draw(panel: Axes, name: str, group: pd.DataFrame) -> None:
+    for scope in ("target", "others"):
+        rows = group[group["scope"] == scope].sort_values("ratio")
+        after = rows[rows["state"] == "after"]
+        if after.empty:
+            continue
+        style: dict[str, Any] = {"color": COLOURS[scope], "marker": MARKERS[scope]}
+        percent = 100 * after["ratio"].to_numpy(dtype=float)
+        panel.plot(percent, after["value"], label=f"{scope}, after", **style)
+        panel.fill_between(percent, after["low"], after["high"], color=style["color"], alpha=0.15)
+        before = rows[rows["state"] == "before"]["value"].iloc[0]
+        panel.axhline(before, color=style["color"], linestyle=":", label=f"{scope}, before")
+    panel.set_xscale("log")
+    panel.set_xticks(sorted(100 * group["ratio"].unique()))
+    panel.xaxis.set_major_formatter("{x:g}")
+    panel.minorticks_off()
+    panel.set(title=name, xlabel="ratio, % of weights", ylabel=_axis_label(group))
+    if (group["unit"] == "%").all():
+        panel.set_ylim(-3, 103)
+
+
+def _axis_label(group: pd.DataFrame) -> str:
+    return f"{group['metric'].iloc[0].replace('_', ' ')}, {group['unit'].iloc[0]}"
+
+
+def _settings(metrics: dict[str, Any]) -> dict[str, Any]:
+    edit = metrics["edit"]
+    return {
+        "model": metrics["model"]["name"],
+        "concept": metrics["concept"],
+        "edit": edit["name"],
+        "component": edit["component"],
+        "ratio": edit["ratio"],
+        "per": edit["per"],
+        "seed": metrics["seed"],
+    }
+
+
+def _job_number(path: Path) -> tuple[int, str]:
+    return (int(path.name), "") if path.name.isdigit() else (-1, path.name)

@@ -1,0 +1,142 @@
+"""Mirrors of a finished result: Weights & Biases, or nothing.
+
+A tracker reads the result folder and nothing else. It never fails a run: what W&B raises when it
+cannot be reached becomes a warning.
+"""
+
+from __future__ import annotations
+
+import logging
+import netrc
+import os
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from omegaconf import OmegaConf
+
+from cad.errors import UserError
+from experiments.rendering import result_table
+from experiments.results import read_json
+
+if TYPE_CHECKING:
+    import wandb
+
+FOLDER = "wandb"  # W&B's files, inside the result folder
+HOST = "api.wandb.ai"
+MODES = ("auto", "online", "offline")
+Mode = Literal["online", "offline"]
+
+logger = logging.getLogger(__name__)
+
+
+class Tracker(ABC):
+    """Shows a finished result elsewhere."""
+
+    @abstractmethod
+    def log(self, folder: Path) -> None:
+        """Mirror the result in `folder`, unless that was done before. Raises nothing expected."""
+
+
+class NoTracker(Tracker):
+    """Shows nothing."""
+
+    def log(self, folder: Path) -> None:
+        return None
+
+
+class WandbTracker(Tracker):
+    """One W&B run per result: its configuration, metrics, table and picture.
+
+    `mode` "auto" is online where a key is set, else offline; `timeout` is in seconds. Raises
+    UserError for another mode.
+    """
+
+    def __init__(self, project: str, mode: str, timeout: float) -> None:
+        if mode not in MODES:
+            raise UserError(f"logger.mode={mode} is not allowed; choose one of {', '.join(MODES)}")
+        self.project = project
+        self.mode = mode
+        self.timeout = timeout
+
+    def log(self, folder: Path) -> None:
+        if (folder / FOLDER).exists():
+            return
+        os.environ["WANDB_SILENT"] = "true"
+        os.environ["WANDB_DATA_DIR"] = str(folder / FOLDER)  # else staged files go to the home
+        import wandb
+
+        mode = self._choose_mode()
+        try:
+            try:
+                run = self._start(folder, mode)
+            except wandb.errors.Error as error:
+                logger.warning("W&B cannot be reached, logging offline (%s)", error)
+                run = self._start(folder, "offline")
+            _send(run, folder)
+        except (wandb.errors.Error, OSError) as error:
+            logger.warning("W&B logging skipped (%s); the result folder is complete", error)
+        finally:
+            _finish()
+
+    def _choose_mode(self) -> Mode:
+        wish = os.environ.get("WANDB_MODE", "auto") if self.mode == "auto" else self.mode
+        online = _has_key() if wish == "auto" else wish == "online"
+        return "online" if online else "offline"
+
+    def _start(self, folder: Path, mode: Mode) -> wandb.Run:
+        import wandb
+
+        (folder / FOLDER).mkdir(exist_ok=True)
+        return wandb.init(
+            project=self.project,
+            name=folder.name,
+            dir=str(folder),
+            config=_config(folder),
+            mode=mode,
+            reinit="finish_previous",
+            settings=wandb.Settings(init_timeout=self.timeout, silent=True, console="off"),
+        )
+
+
+def _send(run: wandb.Run, folder: Path) -> None:
+    import wandb
+
+    metrics, cost = read_json(folder / "metrics.json"), read_json(folder / "cost.json")
+    values: dict[str, Any] = {
+        f"{row['name']}/{row['scope']}/{row['state']}": row["value"]
+        for row in metrics["metrics"]
+        if row["scope"] != "group"
+    }
+    values |= {"cost/seconds": cost["seconds"], "cost/peak_memory_mb": cost["peak_memory_mb"]}
+    values["edit/num_weights"] = metrics["edit"]["num_weights"]
+    if metrics["effect"] is not None:
+        values["effect/pearson_r"] = metrics["effect"]["pearson_r"]
+    values["table"] = wandb.Table(dataframe=result_table(metrics, cost))
+    if (folder / "before_after.png").exists():
+        values["before_after"] = wandb.Image(str(folder / "before_after.png"))
+    run.log(values)
+
+
+def _finish() -> None:
+    """End the current W&B run, so that the next job of a sweep gets one of its own."""
+    import wandb
+
+    try:
+        wandb.finish()
+    except (wandb.errors.Error, OSError) as error:
+        logger.warning("W&B could not finish its upload (%s); `wandb sync` repeats it", error)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    return {str(key): value for key, value in config.items()} if isinstance(config, dict) else {}
+
+
+def _has_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc().authenticators(HOST) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

@@ -1,0 +1,187 @@
+"""What a user types, in processes of its own: `python run.py` with random weights, debug=tiny."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from weights import write_weights
+
+from experiments.config import REPOSITORY
+
+DETERMINISTIC = ("edit.safetensors", "records.jsonl", "metrics.json", "before_after.png")
+TIMEOUT = 170  # seconds
+RATIOS = ("0.01", "0.02", "0.05")
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_weights(tmp_path_factory.mktemp("miniature"))
+
+
+def command(weights: Path, results: Path, *overrides: str) -> list[str]:
+    paths = [f"paths.miniature={weights}", f"paths.results={results}"]
+    return [sys.executable, "run.py", *overrides, "debug=tiny", "logger=none", *paths]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "150"}
+
+
+def run(weights: Path, results: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(weights, results, *overrides),
+        cwd=REPOSITORY,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
+    )
+
+
+def fingerprint(results: Path) -> dict[str, str]:
+    """Digests of everything that must not depend on interruptions, by relative path."""
+    files = [p for p in (results / "runs").rglob("*") if p.name in DETERMINISTIC]
+    files += (results / "images").rglob("*.png")
+    files += (results / "images").rglob("records.jsonl")
+    return {
+        file.relative_to(results).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in files
+    }
+
+
+@pytest.fixture(scope="session")
+def finished(
+    weights: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A run that nothing disturbed, with the correlation of Figure 2."""
+    results = tmp_path_factory.mktemp("results")
+    return results, run(weights, results, "effect.count=3", "effect.share=0.01")
+
+
+def test_a_run_ends_with_table_picture_and_folder(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    results, process = finished
+    assert process.returncode == 0, process.stderr
+    for words in ("accuracy on parachute", "the 10 others", "editing time", "peak memory"):
+        assert words in process.stdout
+    assert "Pearson r" in process.stdout
+    (folder,) = (results / "runs").glob("mini-parachute-erase-*")
+    names = {file.name for file in folder.iterdir()}
+    assert names == {*DETERMINISTIC, "cost.json", "config.yaml", "environment.json"} | {
+        "effects.csv",
+        "manifest.json",
+        "table.md",
+    }
+    assert str(folder) in process.stdout
+
+
+def test_a_rerun_is_instant_and_says_so(
+    weights: Path, finished: tuple[Path, subprocess.CompletedProcess[str]]
+) -> None:
+    results, _ = finished
+    before = {p: p.stat().st_mtime_ns for p in (results / "runs").rglob("*") if p.is_file()}
+    process = run(weights, results, "effect.count=3", "effect.share=0.01")
+    assert process.returncode == 0, process.stderr
+    assert "nothing was computed" in process.stdout
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_a_run_killed_again_and_again_ends_with_the_same_bytes(
+    weights: Path, tmp_path: Path, finished: tuple[Path, subprocess.CompletedProcess[str]]
+) -> None:
+    results = tmp_path / "results"
+    moments = (
+        lambda: list(results.glob("runs/.unfinished/*")),
+        lambda: list(results.glob("runs/.unfinished/*/edit.safetensors")),
+        lambda: len(list(results.glob("images/*/*.png"))) >= 15,  # in the second set
+    )
+    overrides = ("effect.count=3", "effect.share=0.01")
+    killed = 0
+    for reached in moments:
+        process = subprocess.Popen(
+            command(weights, results, *overrides),
+            cwd=REPOSITORY,
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        deadline = time.monotonic() + TIMEOUT
+        while not reached() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        killed += process.wait() == -signal.SIGKILL
+    assert killed
+    process = run(weights, results, *overrides)
+    assert process.returncode == 0, process.stderr
+    assert fingerprint(results) == fingerprint(finished[0])
+
+
+def test_a_sweep_over_ratios_costs_one_attribution_and_ends_with_a_plot(
+    weights: Path, tmp_path: Path
+) -> None:
+    process = run(weights, tmp_path, "-m", f"ratio.value={','.join(RATIOS)}", "limit=4")
+    assert process.returncode == 0, process.stderr
+    (sweep,) = (tmp_path / "sweeps").iterdir()
+    for name in ("plot.png", "plot.pdf", "sweep.csv", "table.md"):
+        assert (sweep / name).stat().st_size > 0
+    assert len(list((tmp_path / "runs").glob("mini-*"))) == len(RATIOS)
+    assert len(list((tmp_path / "scores").glob("*.safetensors"))) == 1
+    sets = 1 + len(RATIOS)  # the unedited images are made once
+    assert len(list((tmp_path / "images").glob("*/set.json"))) == sets
+
+
+def test_a_style_is_judged_among_styles(weights: Path, tmp_path: Path) -> None:
+    process = run(
+        weights, tmp_path, "concept=pop_art", "edit=rescale", "component=attn2", "ratio.value=0.1"
+    )
+    assert process.returncode == 0, process.stderr
+    assert "style accuracy on pop_art" in process.stdout
+    assert "the 4 others" in process.stdout
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("concept=unicorn",), ("concept/unicorn", "parachute")),
+        (("ratio.value=0",), ("ratio.value=0",)),
+        (("ratio.value=2",), ("ratio.value=2",)),
+        (("images=3",), ("images",)),
+        (("model=sd14",), ("CompVis/stable-diffusion-v1-4", "2.1 GB", "model=mini")),
+        (("model=sdxl",), ("no adapter", "model=mini")),
+    ],
+)
+def test_mistakes_end_with_a_message(
+    weights: Path, tmp_path: Path, overrides: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    process = run(weights, tmp_path, *overrides)
+    assert process.returncode == 2, process.stderr
+    assert "Traceback" not in process.stderr
+    for word in words:
+        assert word in process.stderr
+    assert not list(tmp_path.glob("runs/*"))
+
+
+def test_help_explains_the_groups() -> None:
+    process = subprocess.run(
+        [sys.executable, "run.py", "--help"], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert process.returncode == 0
+    for words in ("concept", "edit", "ratio.value=0.02", "stained_glass"):
+        assert words in process.stdout
+
+
+def test_cfg_job_prints_the_configuration() -> None:
+    process = subprocess.run(
+        [sys.executable, "run.py", "--cfg", "job"], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert process.returncode == 0
+    assert "images_per_class" in process.stdout

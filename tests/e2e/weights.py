@@ -1,0 +1,106 @@
+"""Random weights in the miniature's layout: what a run needs, small enough to build in a second."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import save_file
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+)
+
+from evaluation.evaluators.small_resnet import SmallResNet, save_classifier
+
+SUBJECTS = (
+    "tench",
+    "english_springer",
+    "cassette_player",
+    "chain_saw",
+    "church",
+    "french_horn",
+    "garbage_truck",
+    "gas_pump",
+    "golf_ball",
+    "parachute",
+    "face",
+)
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+MARKS = ("<|startoftext|>", "<|endoftext|>")
+TOKENS = (*MARKS, *LETTERS, *(f"{letter}</w>" for letter in LETTERS))
+MAX_TOKENS = 77  # one per letter, for the longest caption
+WIDTH = 16
+TEXT = {
+    "vocab_size": len(TOKENS),
+    "max_position_embeddings": MAX_TOKENS,
+    "hidden_size": WIDTH,
+    "intermediate_size": WIDTH,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 1,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+
+
+def write_weights(folder: Path) -> Path:
+    """Write pipeline/, clip/, classifier/ and references.safetensors below `folder`."""
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer(
+        vocab={token: i for i, token in enumerate(TOKENS)}, merges=[], model_max_length=MAX_TOKENS
+    )
+    _pipeline(tokenizer).save_pretrained(folder / "pipeline")
+    _write_clip(folder / "clip", tokenizer)
+    save_classifier(folder / "classifier", SmallResNet(SUBJECTS, widths=(4, 8), blocks=1))
+    latents = {name: torch.randn(5, 4, 8, 8) for name in SUBJECTS}
+    save_file(latents, folder / "references.safetensors")
+    return folder
+
+
+def _pipeline(tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:
+    return StableDiffusionPipeline(
+        tokenizer=tokenizer,
+        text_encoder=CLIPTextModel(CLIPTextConfig(**TEXT)),
+        vae=AutoencoderKL(
+            block_out_channels=(8, 8, 8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            latent_channels=4,
+            norm_num_groups=4,
+        ),
+        unet=UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(32, 64),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=WIDTH,
+            attention_head_dim=8,
+            norm_num_groups=8,
+        ),
+        scheduler=DDIMScheduler(
+            beta_schedule="scaled_linear",
+            clip_sample=False,
+            prediction_type="v_prediction",
+            steps_offset=1,
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def _write_clip(folder: Path, tokenizer: CLIPTokenizer) -> None:
+    vision = {key: TEXT[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers")}
+    vision |= {"num_attention_heads": 2, "image_size": 64, "patch_size": 16}
+    config = CLIPConfig(text_config=TEXT, vision_config=vision, projection_dim=8)
+    CLIPModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    preprocessor = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))

@@ -1,0 +1,215 @@
+"""conf/ composes in every combination of choices, and wrong values are refused by name."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import hydra
+import pytest
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from cad.concepts import Concept
+from cad.errors import UserError
+from experiments.config import (
+    REPOSITORY,
+    check,
+    concept_groups,
+    content_digest,
+    identity,
+    register_resolvers,
+    settle,
+    short_hash,
+)
+
+CONF = REPOSITORY / "conf"
+GROUPS = ("model", "concept", "edit", "ratio", "prompts", "evaluator", "logger", "paths", "debug")
+OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
+CONCEPTS = [path.stem for path in sorted((CONF / "concept").glob("*.yaml"))]
+MINIATURE_CONCEPTS = 16
+REVISION_DIGITS = 40
+
+
+@functools.cache
+def compose(*overrides: str) -> DictConfig:
+    register_resolvers()
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return hydra.compose("config", list(overrides))
+
+
+def identify(*overrides: str) -> str:
+    return short_hash(identity(settle(compose(*overrides))))
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_composes_and_resolves(group: str, option: str) -> None:
+    cfg = compose(f"{group}={option}")
+    assert OmegaConf.to_container(cfg, resolve=True)
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_says_how_to_run_it_or_what_it_is(group: str, option: str) -> None:
+    lines = (CONF / group / f"{option}.yaml").read_text().splitlines()
+    comments = [line for line in lines[:4] if line.startswith("# ") and "@package" not in line]
+    assert comments
+
+
+@pytest.mark.parametrize("model", ["mini", "sd14", "sd21", "sdxl", "sd35"])
+@pytest.mark.parametrize("edit", ["none", "erase", "amplify", "rescale"])
+@pytest.mark.parametrize("concept", ["parachute", "pop_art"])
+def test_every_model_edit_and_kind_of_concept_resolves(model: str, edit: str, concept: str) -> None:
+    cfg = compose(f"model={model}", f"edit={edit}", f"concept={concept}")
+    assert OmegaConf.to_container(cfg, resolve=True)
+    assert cfg.ratio.value is None if edit == "none" else 0 < cfg.ratio.value <= 1
+
+
+@pytest.mark.parametrize("name", CONCEPTS)
+def test_a_concept_is_named_like_its_file(name: str) -> None:
+    concept = hydra.utils.instantiate(compose(f"concept={name}").concept)
+    assert isinstance(concept, Concept)
+    assert concept.name == name
+
+
+def test_the_defaults() -> None:
+    cfg = compose()
+    assert (cfg.model.name, cfg.concept.name, cfg.edit.name) == ("mini", "parachute", "erase")
+    check(cfg)
+
+
+def test_all_concepts_of_the_miniature_pass() -> None:
+    known = list(compose().model.concepts)
+    assert len(known) == MINIATURE_CONCEPTS
+    for name in known:
+        check(compose(f"concept={name}"))
+
+
+@pytest.mark.parametrize("model", ["sd14", "sd21", "sdxl", "sd35"])
+def test_hub_models_pin_a_revision(model: str) -> None:
+    source = compose(f"model={model}").model.source
+    assert len(source.revision) == REVISION_DIGITS
+    assert source.repo
+    assert source.size_gb > 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ratio"),
+    [
+        (("model=sd14",), 0.001),
+        (("model=sd14", "concept=nudity"), 0.00075),
+        (("model=sd14", "concept=nudity", "edit=amplify"), 0.001),
+        (("model=sd14", "concept=van_gogh"), 0.001),
+        (("model=sdxl",), 0.0003),
+        (("model=sd35", "concept=nudity"), 0.0003),
+        (("edit=none",), None),
+        (("+model.ratios.erase.by_concept.parachute=0.25",), 0.25),
+        (("+model.ratios.erase.by_concept.church=0.25", "model.ratios.erase.object=0.5"), 0.5),
+        (("ratio.value=0.02",), 0.02),
+    ],
+)
+def test_default_ratios(overrides: tuple[str, ...], ratio: float | None) -> None:
+    assert compose(*overrides).ratio.value == ratio
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("ratio.value=0", ("ratio.value=0", "above 0")),
+        ("ratio.value=2", ("ratio.value=2", "at most 1")),
+        ("ratio.value=many", ("ratio.value=many",)),
+        ("ratio.per=column", ("ratio.per=column", "row, layer")),
+        ("component=lora", ("component=lora", "attn1")),
+        ("seed=-1", ("seed=-1",)),
+        ("seed=null", ("seed=None",)),
+        ("images_per_class=0", ("images_per_class=0", "at least 1")),
+        ("limit=0", ("limit=0",)),
+        ("effect.count=1", ("effect.count=1",)),
+        ("effect.share=0", ("effect.share=0",)),
+        ("device=tpu", ("device=tpu", "cuda")),
+        ("dtype=int8", ("dtype=int8", "bfloat16")),
+        ("concept=nudity", ("concept=nudity", "model=mini", "parachute")),
+        ("concept=van_gogh", ("concept=van_gogh", "pop_art")),
+        ("model=sdxl", ("model=sdxl", "no adapter", "6.9 GB", "model=mini")),
+        ("model=sd35", ("model=sd35", "gated", "model=mini")),
+    ],
+)
+def test_bad_values_are_named(override: str, words: tuple[str, ...]) -> None:
+    with pytest.raises(UserError) as caught:
+        check(compose(override))
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_effects_need_an_attribution() -> None:
+    with pytest.raises(UserError, match=r"effect\.count=5"):
+        check(compose("edit=none", "effect.count=5"))
+
+
+def test_a_concept_needs_images_of_its_own() -> None:
+    with pytest.raises(UserError, match="concept=face has no images"):
+        check(compose("concept=face", "prompts=objects"))
+
+
+@pytest.mark.parametrize("override", ["images=3", "concept=unicorn", "edit.ratoi=1", "model=sd9"])
+def test_unknown_keys_and_options_are_errors(override: str) -> None:
+    with pytest.raises((HydraException, OmegaConfBaseException)):
+        compose(override)
+
+
+def test_groups_follow_the_kind_of_concept() -> None:
+    assert "face" in concept_groups(compose())
+    assert concept_groups(compose("concept=woodcut"))[0] == "pencil_sketch"
+    assert list(compose("concept=woodcut").evaluator) == ["style_accuracy"]
+    assert list(compose("evaluator=[accuracy,style_accuracy]").evaluator) == [
+        "accuracy",
+        "style_accuracy",
+    ]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "seed=1",
+        "ratio.value=0.3",
+        "component=attn1",
+        "images_per_class=3",
+        "limit=4",
+        "concept=church",
+        "edit=rescale",
+        "effect.count=3",
+        "evaluator=[style_accuracy]",
+        "model.sampler.steps=3",
+        "edit.attribution.eta=0.5",
+        "debug=tiny",
+    ],
+)
+def test_what_changes_the_result_changes_the_hash(override: str) -> None:
+    assert identify(override) != identify()
+
+
+@pytest.mark.parametrize("override", ["logger=none", "paths.results=/elsewhere", "dtype=auto"])
+def test_what_does_not_change_the_result_keeps_the_hash(override: str) -> None:
+    assert identify(override) == identify()
+
+
+def test_seed_zero_is_a_seed_of_its_own() -> None:
+    assert identify("seed=0") == identify() != identify("seed=1")
+
+
+def test_local_weights_enter_by_content_not_by_place(tmp_path: Path) -> None:
+    hashes = []
+    for place, content in (("a", "x"), ("b", "x"), ("c", "y")):
+        folder = tmp_path / place / "classifier"
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(content)
+        hashes.append(identify(f"paths.miniature={tmp_path / place}"))
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_content_digest_sees_names_and_bytes(tmp_path: Path) -> None:
+    assert content_digest(tmp_path / "nothing") == "absent"
+    (tmp_path / "a").write_text("1")
+    first = content_digest(tmp_path)
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert content_digest(tmp_path) != first

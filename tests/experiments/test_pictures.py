@@ -1,0 +1,51 @@
+"""The picture shows the target first and every image twice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from evaluation.image_sets import ImageSet
+from evaluation.prompts import Prompt
+from experiments.pictures import CELL, GAP, LABEL, MARGIN, before_after, choose_columns
+
+PROMPTS = tuple(
+    Prompt(f"an image of a {group}", seed, group)
+    for seed in range(5)
+    for group in ("tench", "church", "face")
+)
+
+
+def image_set(folder: Path, value: int) -> ImageSet:
+    folder.mkdir()
+    images = ImageSet(folder, PROMPTS)
+    for index in range(len(PROMPTS)):
+        pixels = np.full((64, 64, 3), value, np.uint8)
+        Image.fromarray(pixels).save(images.path(index))
+    return images
+
+
+def test_columns_are_four_of_the_target_and_one_of_each_other() -> None:
+    columns = choose_columns(PROMPTS, "church")
+    assert [PROMPTS[i].group for i in columns] == ["church"] * 4 + ["tench", "face"]
+    assert [PROMPTS[i].seed for i in columns] == [0, 1, 2, 3, 0, 0]
+
+
+def test_rows_are_before_and_after(tmp_path: Path) -> None:
+    before, after = image_set(tmp_path / "b", 10), image_set(tmp_path / "a", 200)
+    path = tmp_path / "picture.png"
+    before_after(before, after, "church", path)
+    pixels = np.asarray(Image.open(path))
+    middle = CELL // 2
+    assert pixels.shape == (LABEL + 2 * (CELL + GAP), MARGIN + 6 * (CELL + GAP), 3)
+    assert (pixels[LABEL + middle, MARGIN + middle] == 10).all()
+    assert (pixels[LABEL + CELL + GAP + middle, MARGIN + middle] == 200).all()
+
+
+def test_one_row_without_an_edit(tmp_path: Path) -> None:
+    path = tmp_path / "picture.png"
+    before_after(image_set(tmp_path / "b", 10), None, "church", path)
+    with Image.open(path) as picture:
+        assert picture.height == LABEL + CELL + GAP

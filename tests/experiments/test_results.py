@@ -1,0 +1,79 @@
+"""Result folders: whole or absent, checked on reuse, mended where damaged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cad.errors import UserError
+from experiments.results import MANIFEST, ResultFolder, read_json, write_json, write_lines
+
+
+def finish(folder: ResultFolder, **files: str) -> Path:
+    work = folder.open()
+    for name, text in files.items():
+        (work / name).write_text(text)
+    return folder.close()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> ResultFolder:
+    return ResultFolder(tmp_path / "runs", "mini-church-erase", "0123456789ab")
+
+
+def test_it_exists_only_when_closed(folder: ResultFolder) -> None:
+    work = folder.open()
+    (work / "metrics.json").write_text("{}")
+    assert not folder.final.exists()
+    assert not folder.is_complete()
+    assert folder.close() == folder.final
+    assert folder.is_complete()
+    assert not folder.work.exists()
+
+
+def test_an_unfinished_one_is_resumed_with_its_files(folder: ResultFolder) -> None:
+    (folder.open() / "edit.safetensors").write_text("edit")
+    assert (folder.open() / "edit.safetensors").read_text() == "edit"
+
+
+@pytest.mark.parametrize("harm", ["alter", "delete", "manifest"])
+def test_a_damaged_one_is_reopened_with_the_intact_files(folder: ResultFolder, harm: str) -> None:
+    final = finish(folder, a="1", b="2")
+    if harm == "alter":
+        (final / "a").write_text("3")
+    elif harm == "delete":
+        (final / "a").unlink()
+    else:
+        (final / MANIFEST).write_text("{")
+    assert not folder.is_complete()
+    work = folder.open()
+    assert (work / "b").read_text() == "2"
+    assert harm == "manifest" or not (work / "a").exists()
+
+
+def test_the_tracker_s_files_are_no_part_of_it(folder: ResultFolder) -> None:
+    final = finish(folder, a="1")
+    (final / "wandb").mkdir()
+    (final / "wandb" / "run.log").write_text("x")
+    assert folder.is_complete()
+    assert list(read_json(final / MANIFEST)) == ["a"]
+
+
+def test_a_folder_that_cannot_be_made_is_a_user_error(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file")
+    with pytest.raises(UserError, match=r"paths\.results"):
+        ResultFolder(tmp_path / "runs", "x", "0").open()
+
+
+def test_json_refuses_nan_and_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "m.json", {"value": float("nan")})
+    assert not list(tmp_path.iterdir())
+
+
+def test_lines_are_json_each(tmp_path: Path) -> None:
+    write_lines(tmp_path / "r.jsonl", [{"a": 1}, {"b": "é"}])
+    lines = (tmp_path / "r.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == [{"a": 1}, {"b": "é"}]
