@@ -37,7 +37,8 @@ class Attribution(NoisePlan):
 
         Returns {name: (out, in) float32} on the model's device, a convolution flattened to
         (out, in * kh * kw); positive promotes J. Leaves the model unchanged and the global random
-        state untouched. Raises UserError for an empty group and as soon as J is not finite.
+        state untouched. Raises UserError for an empty group, as soon as J is not finite, and if not
+        one weight has a gradient.
         """
         weights = component_weights(model, self.component)
         log.info(
@@ -54,10 +55,13 @@ class Attribution(NoisePlan):
         ):
             terms = objective.terms(model, self)
             for state, prediction in tqdm(terms, desc="attribution", unit="step", disable=None):
-                # The division by `samples` waits for float32: it would cost half precision digits.
+                # Factors that would cost half precision digits wait for the float32 sums.
+                scale = objective.backward_scale(prediction.shape)
+                gradients.factor = state.weight / scale
                 term = objective.term(state.target, prediction)
                 _check_finite_term(term, state.t, model)
-                torch.autograd.backward(term)
+                torch.autograd.backward(scale * term)
+        self._check_some_gradient(gradients, model)
         scores = {
             name: eq3_score(weight.detach().float(), gradients[name] / self.samples).flatten(1)
             for name, weight in weights.items()
@@ -65,26 +69,42 @@ class Attribution(NoisePlan):
         _check_finite_scores(scores, model)
         return scores
 
+    def _check_some_gradient(self, gradients: Mapping[str, Tensor], model: DiffusionModel) -> None:
+        if not any(gradient.any() for gradient in gradients.values()):
+            raise UserError(
+                f"all gradients of component={self.component} of model={model.name} are exactly 0: "
+                f"they underflow in dtype={model.dtype} (use dtype=float32 or bfloat16), or the "
+                "concept's prompt has no influence on the prediction."
+            )
+
 
 def eq3_score(weight: Tensor, gradient: Tensor) -> Tensor:
     """Eq. 3 of the paper: w * dJ/dw, elementwise."""
     return weight * gradient
 
 
+class GradientSums(dict[str, Tensor]):
+    """{name: float32 sum}; each gradient is multiplied by the present `factor` when added."""
+
+    factor = 1.0
+
+
 @contextmanager
-def summed_gradients(weights: Mapping[str, nn.Parameter]) -> Iterator[dict[str, Tensor]]:
+def summed_gradients(weights: Mapping[str, nn.Parameter]) -> Iterator[GradientSums]:
     """Inside the block, every backward adds the weights' gradients to the yielded float32 sums.
 
     The weights require gradients only inside; afterwards, also after an exception, they are as
     before: no hook, no `.grad`, `requires_grad` as it was.
     """
     required = {name: weight.requires_grad for name, weight in weights.items()}
-    sums = {name: torch.zeros_like(w, dtype=torch.float32) for name, w in weights.items()}
+    sums = GradientSums(
+        {name: torch.zeros_like(w, dtype=torch.float32) for name, w in weights.items()}
+    )
     hooks = []
     try:
         for name, weight in weights.items():
             weight.requires_grad_(True)
-            hook = _add_and_free(sums[name])
+            hook = _add_and_free(sums, name)
             hooks.append(weight.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
         yield sums
     finally:
@@ -95,10 +115,10 @@ def summed_gradients(weights: Mapping[str, nn.Parameter]) -> Iterator[dict[str, 
             weight.grad = None
 
 
-def _add_and_free(total: Tensor) -> Callable[[Tensor], None]:
+def _add_and_free(sums: GradientSums, name: str) -> Callable[[Tensor], None]:
     def add_and_free(weight: Tensor) -> None:
         if weight.grad is not None:
-            total.add_(weight.grad)
+            sums[name].add_(weight.grad, alpha=sums.factor)  # in float32
             weight.grad = None
 
     return add_and_free

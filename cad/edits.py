@@ -2,7 +2,7 @@
 
 An edit is called with a model and concepts and returns a `WeightEdit`: a value. A new method (a
 baseline, a user's own) subclasses `Edit` and says what its settings are and what it changes;
-measuring and provenance are done here, once for all.
+provenance is done here, once for all.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from typing import Any, ClassVar
 
 import torch
@@ -22,13 +21,12 @@ from cad.concepts import Concept
 from cad.errors import UserError
 from cad.instrument import Cost, measure
 from cad.models.base import DiffusionModel
-from cad.objectives import AmplifyObjective, EraseObjective, Objective
+from cad.objectives import AmplifyObjective, EraseObjective, Objective, check_weighting
 from cad.references import References
-from cad.score_store import Scored, ScoreStore
+from cad.runtime import describe_runtime
+from cad.score_store import Scored, ScoreStore, compute_scores
 from cad.selection import Selection
 from cad.weight_edit import Change, Scale, WeightEdit, Zero
-
-LIBRARIES = ("torch", "diffusers", "transformers")
 
 
 class Edit(ABC):
@@ -46,26 +44,32 @@ class Edit(ABC):
         used on this model, this concept, or several concepts.
         """
         concepts = (concept, *more)
-        with measure(model.device) as meter:
-            changes, borrowed = self.make(model, concepts)
         provenance = {
             "model": model.provenance(),
             "edit": self.name,
             "settings": dict(self.settings(concepts)),
             "concepts": [asdict(each) for each in concepts],
-            "versions": {library: version(library) for library in LIBRARIES},
+            **describe_runtime(model.device),
         }
-        return WeightEdit(changes, provenance, borrowed + meter.cost)
+        changes, cost = self.make(model, concepts)
+        return WeightEdit(changes, provenance, cost)
 
     @abstractmethod
     def settings(self, concepts: Sequence[Concept]) -> Mapping[str, Any]:
-        """Everything that determines the edit beside model and concepts; JSON-able."""
+        """Everything that determines the edit beside model and concepts; JSON-able.
+
+        Asked for before the work; raises UserError for what is missing.
+        """
 
     @abstractmethod
     def make(
         self, model: DiffusionModel, concepts: Sequence[Concept]
     ) -> tuple[dict[str, Change], Cost]:
-        """The changes by parameter name, and the cost of work taken from a cache (or `Cost()`)."""
+        """The changes by parameter name, and what finding them cost.
+
+        The cost (`cad.instrument.measure`) is the method's own work, no hashing or storing; work
+        taken from a cache counts with its original cost.
+        """
 
 
 class NoEdit(Edit):
@@ -110,14 +114,14 @@ class _ScoredEdit(Edit):
         self.selection.check(component_weights(model, self.attribution.component))
         objectives = [self.objective(concept) for concept in concepts]
         chosen: dict[str, Tensor] = {}
-        borrowed = Cost()
+        cost = Cost()
         for objective in objectives:
             scored = self._scored(model, objective)
-            for name, indices in self.selection.indices(scored.scores, self.sign).items():
-                chosen[name] = _union(chosen[name], indices) if name in chosen else indices
-            if scored.cost.cached:
-                borrowed += scored.cost
-        return {name: self.change(_compact(each)) for name, each in chosen.items()}, borrowed
+            with measure(model.device) as selecting:
+                for name, indices in self.selection.indices(scored.scores, self.sign).items():
+                    chosen[name] = _union(chosen[name], indices) if name in chosen else indices
+            cost += scored.cost + selecting.cost
+        return {name: self.change(_compact(each)) for name, each in chosen.items()}, cost
 
     @abstractmethod
     def objective(self, concept: Concept) -> Objective:
@@ -129,18 +133,33 @@ class _ScoredEdit(Edit):
 
     def _scored(self, model: DiffusionModel, objective: Objective) -> Scored:
         if self.store is None:
-            return Scored(self.attribution.scores(model, objective), Cost())
+            return compute_scores(model, objective, self.attribution)
         return self.store.scored(model, objective, self.attribution)
 
 
-class CADErase(_ScoredEdit):
+class _ErasingEdit(_ScoredEdit):
+    """Chooses by Eq. 4. `weighting` of its timesteps: "model" | "epsilon" (`EraseObjective`)."""
+
+    def __init__(
+        self,
+        attribution: Attribution,
+        selection: Selection,
+        store: ScoreStore | None = None,
+        weighting: str = "model",
+    ) -> None:
+        super().__init__(attribution, selection, store)
+        check_weighting(weighting)
+        self.weighting = weighting
+
+    def objective(self, concept: Concept) -> Objective:
+        return EraseObjective(concept, self.weighting)
+
+
+class CADErase(_ErasingEdit):
     """Algorithm 1: zeroes the components that promote the concept most (Eq. 4's positive ones)."""
 
     name = "erase"
     sign = +1
-
-    def objective(self, concept: Concept) -> Objective:
-        return EraseObjective(concept)
 
     def change(self, indices: Tensor) -> Change:
         return Zero(indices)
@@ -169,7 +188,7 @@ class CADAmplify(_ScoredEdit):
         return Zero(indices)
 
 
-class CADRescale(_ScoredEdit):
+class CADRescale(_ErasingEdit):
     """Table 11: erases by strengthening what suppresses: Eq. 4's negative components x factor.
 
     Raises UserError unless factor > 1 (the paper: 1.5, 2, 3).
@@ -184,17 +203,15 @@ class CADRescale(_ScoredEdit):
         selection: Selection,
         factor: float,
         store: ScoreStore | None = None,
+        weighting: str = "model",
     ) -> None:
-        super().__init__(attribution, selection, store)
+        super().__init__(attribution, selection, store, weighting)
         if not 1.0 < factor < float("inf"):
             raise UserError(f"edit.factor={factor} is not allowed; it must be greater than 1.")
-        self.factor = factor
+        self.factor = float(factor)  # 2 and 2.0 are one edit
 
     def settings(self, concepts: Sequence[Concept]) -> Mapping[str, Any]:
         return {**super().settings(concepts), "factor": self.factor}
-
-    def objective(self, concept: Concept) -> Objective:
-        return EraseObjective(concept)
 
     def change(self, indices: Tensor) -> Change:
         return Scale(indices, self.factor)

@@ -155,17 +155,17 @@ def _value(
     total = 0.0  # a Python float, so that many small terms do not drown
     for state in states:
         prediction = model.predict(state.x_t, state.t, c.expand(len(state.x_t)))
-        total += float(objective.term(state.target, prediction))
+        total += state.weight * float(objective.term(state.target, prediction))
     return total / samples
 
 
 def _ablation_size(weights: Mapping[str, Tensor], count: int, share: float) -> int:
     if count < 2:
-        raise UserError(f"effects.count={count}: a correlation needs at least 2 ablations.")
+        raise UserError(f"effect.count={count}: a correlation needs at least 2 ablations.")
     if not 0.0 < share < 1.0:
-        raise UserError(f"effects.share={share} is not allowed; a share lies in (0, 1).")
+        raise UserError(f"effect.share={share} is not allowed; a share lies in (0, 1).")
     total = sum(weight.numel() for weight in weights.values())
     size = round(share * total)
     if size == 0:
-        raise UserError(f"effects.share={share} of {total} weights is less than one weight.")
+        raise UserError(f"effect.share={share} of {total} weights is less than one weight.")
     return size

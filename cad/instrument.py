@@ -19,21 +19,25 @@ _SAMPLING_INTERVAL = 0.02  # seconds between two looks at the process's memory
 class Cost:
     """Wall time and peak memory of some work; machine-dependent, never part of a key.
 
-    `peak_memory_mb` on a GPU is the most memory allocated by PyTorch, model included (what the
-    paper reports); on a CPU the growth of the process's resident memory. `cached`: the numbers are
-    those of the run that did the work, not of this one.
+    `memory_kind` says what `peak_memory_mb` is: on a GPU the most memory allocated by PyTorch,
+    model included (what the paper reports); on a CPU the growth of the process's resident memory;
+    "" if nothing was measured. `cached`: the numbers are those of the run that did the work, not
+    of this one.
     """
 
     seconds: float = 0.0
     peak_memory_mb: float = 0.0
     cached: bool = False
+    memory_kind: str = ""  # "cuda allocated" | "resident growth" | ""
 
     def __add__(self, other: Cost) -> Cost:
-        """The cost of one after the other: times add up, the larger peak stays."""
+        """The cost of one after the other: times add up, the larger peak stays, with its kind."""
+        larger, smaller = sorted((self, other), key=lambda cost: -cost.peak_memory_mb)
         return Cost(
             self.seconds + other.seconds,
-            max(self.peak_memory_mb, other.peak_memory_mb),
+            larger.peak_memory_mb,
             self.cached or other.cached,
+            larger.memory_kind or smaller.memory_kind,
         )
 
 
@@ -57,10 +61,13 @@ def measure(device: torch.device) -> Iterator[Meter]:
         yield meter
     finally:
         peak = memory.stop()
-        meter.cost = Cost(time.perf_counter() - start, peak / MB)
+        seconds = time.perf_counter() - start
+        meter.cost = Cost(seconds, peak / MB, memory_kind=memory.kind)
 
 
 class _CudaPeak:
+    kind = "cuda allocated"
+
     def __init__(self, device: torch.device) -> None:
         self._device = device
         torch.cuda.synchronize(device)
@@ -73,6 +80,8 @@ class _CudaPeak:
 
 class _ResidentPeak:
     """Watches the resident memory from a thread: the system's own peak cannot be reset portably."""
+
+    kind = "resident growth"
 
     def __init__(self) -> None:
         self._process = psutil.Process()

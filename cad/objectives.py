@@ -7,8 +7,9 @@ attribution, and the check of its predictions (`cad.effects`), need to know of n
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,10 +18,13 @@ from torch import Tensor
 
 from cad import trajectories
 from cad.concepts import Concept
+from cad.errors import UserError
 from cad.models.base import Conditioning, DiffusionModel
 from cad.references import References
 from cad.sampling import draw_noise, make_generators
 from cad.trajectories import NoisePlan
+
+WEIGHTINGS = ("model", "epsilon")
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class State:
     x_t: Tensor  # as the network takes it
     t: Tensor
     target: Tensor  # what Phi(x_t, c, t) is compared with; without gradient
+    weight: float = 1.0  # what J multiplies this state's term by
 
 
 @dataclass(frozen=True)
@@ -70,13 +75,23 @@ class Objective(ABC):
         """The states of J with Phi(x_t, c, t) there.
 
         The caller's gradient mode decides whether predictions carry their graph. The sum of
-        `term` over all of them is `plan.samples` times J.
+        `state.weight` times `term` over all of them is `plan.samples` times J.
         """
 
     @staticmethod
     @abstractmethod
     def term(target: Tensor, prediction: Tensor) -> Tensor:
-        """The states' contribution to J, summed over the batch; (N, C, h, w) both -> () float32."""
+        """The states' contribution to J before their weight, summed over the batch.
+
+        (N, C, h, w) both -> () float32.
+        """
+
+    def backward_scale(self, shape: Sequence[int]) -> float:
+        """A power of two that keeps half-precision gradients of `term` in range; (N, C, h, w).
+
+        Whoever differentiates multiplies by it before, and divides the gradients after.
+        """
+        return 1.0
 
 
 class EraseObjective(Objective):
@@ -84,15 +99,25 @@ class EraseObjective(Objective):
 
     x_t: DDIM with the concept's prompt. J measures how far the concept moves the prediction; a
     component with a positive score, removed, brings it nearer to the base prompt's.
+
+    weighting "model" takes the norm in the model's own parameterisation, "epsilon" that of the
+    noises which the predictions stand for (`DiffusionModel.epsilon_weight`): the published form,
+    also for a model that predicts v. Raises UserError for another weighting.
     """
 
     name = "erase"
+
+    def __init__(self, concept: Concept, weighting: str = "model") -> None:
+        super().__init__(concept)
+        check_weighting(weighting)
+        self.weighting = weighting
 
     def describe(self) -> Mapping[str, Any]:
         return {
             "objective": self.name,
             "prompt": self.concept.prompt,
             "base_prompt": self.concept.base_prompt,
+            "weighting": self.weighting,
         }
 
     def terms(self, model: DiffusionModel, plan: NoisePlan) -> Terms:
@@ -107,7 +132,8 @@ class EraseObjective(Objective):
             if self.concept.base_prompt:
                 with torch.no_grad():
                     target = model.predict(visit.x_t, visit.t, c_b.expand(len(target)))
-            yield State(visit.x_t, visit.t, target), visit.conditional
+            weight = model.epsilon_weight(visit.t) if self.weighting == "epsilon" else 1.0
+            yield State(visit.x_t, visit.t, target, weight), visit.conditional
 
     @staticmethod
     def term(target: Tensor, prediction: Tensor) -> Tensor:
@@ -155,7 +181,19 @@ class AmplifyObjective(Objective):
                 state = State(x_t, t, model.target(clean, noise, t))
                 yield state, model.predict(x_t, t, c.expand(len(batch)))
 
+    def backward_scale(self, shape: Sequence[int]) -> float:
+        """About C * h * w: the mean over them would push float16 gradients below its range."""
+        return 2.0 ** round(math.log2(math.prod(shape[1:])))
+
     @staticmethod
     def term(target: Tensor, prediction: Tensor) -> Tensor:
         error = target.float() - prediction.float()
         return -error.square().flatten(1).mean(dim=1).sum()
+
+
+def check_weighting(weighting: str) -> None:
+    """UserError unless `EraseObjective` knows it."""
+    if weighting not in WEIGHTINGS:
+        raise UserError(
+            f"edit.weighting={weighting!r} is unknown; allowed: {', '.join(WEIGHTINGS)}."
+        )

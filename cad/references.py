@@ -23,7 +23,7 @@ from cad.concepts import Concept
 from cad.digests import tensors_digest
 from cad.errors import UserError
 from cad.models.base import DiffusionModel
-from cad.sampling import sample_latents
+from cad.sampling import make_generators, walk
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -65,7 +65,9 @@ class LatentFile(References):
     def _read(self, concept: Concept) -> Tensor:
         path = Path(self.path)
         if not path.is_file():
-            raise UserError(f"references.path={path} is not there; it holds reference latents.")
+            raise UserError(
+                f"edit.references.path={path} is not there; it holds reference latents."
+            )
         try:
             with safe_open(path, framework="pt") as file:
                 names = sorted(file.keys())
@@ -77,7 +79,7 @@ class LatentFile(References):
                 latents: Tensor = file.get_tensor(concept.name)
                 return latents
         except SafetensorError as error:
-            raise UserError(f"references.path={path} cannot be read: {error}.") from error
+            raise UserError(f"edit.references.path={path} cannot be read: {error}.") from error
 
 
 @dataclass(frozen=True)
@@ -111,23 +113,25 @@ class ImageFolder(References):
 
 @dataclass(frozen=True)
 class GeneratedImages(References):
-    """What the unedited model draws for the concept's prompt, with seeds `seed`, `seed` + 1, ..."""
+    """What the unedited model draws for the concept's prompt; another `seed`, other images."""
 
     count: int = 5
     steps: int = 50
     guidance: float = 7.5
     seed: int = 0
+    kind: str = "default"  # of `DiffusionModel.sampler`: "default" | "ddim"
 
     def describe(self, concept: Concept) -> Mapping[str, Any]:
         return {"source": "generated", "prompt": concept.prompt, **asdict(self)}
 
     def latents(self, model: DiffusionModel, concept: Concept) -> Tensor:
         c = model.encode_prompts([concept.prompt]).expand(self.count)
-        unconditional = model.encode_prompts([""])
-        seeds = range(self.seed, self.seed + self.count)
-        return sample_latents(
-            model, c, unconditional, seeds, steps=self.steps, guidance=self.guidance
-        )
+        unconditional = model.encode_prompts([""]).expand(self.count)
+        sampler = model.sampler(self.steps, self.kind)
+        # A salt of its own for each seed: consecutive seeds would share all images but one.
+        generators = make_generators(range(self.count), salt=f"references-{self.seed}")
+        every_step = len(sampler.timesteps)
+        return walk(model, sampler, generators, c, unconditional, self.guidance, every_step)
 
 
 def read_image(path: Path, resolution: int) -> Tensor:

@@ -20,20 +20,24 @@ from cad.models.base import Conditioning, DiffusionModel
 class Sampler:
     """A diffusers scheduler, set up for one trajectory (multistep schedulers carry history).
 
-    Raises UserError for steps < 1 or beyond the training timesteps, eta outside [0, 1], or eta > 0
-    for a scheduler that has no such parameter.
+    eta None is 1 where the scheduler has it, else 0. Raises UserError for steps < 1 or beyond the
+    training timesteps, eta outside [0, 1], or eta > 0 for a scheduler without such a parameter.
     """
 
-    def __init__(self, scheduler: Any, steps: int, device: torch.device, eta: float = 0.0) -> None:
-        takes = inspect.signature(scheduler.step).parameters
+    def __init__(
+        self, scheduler: Any, steps: int, device: torch.device, eta: float | None = 0.0
+    ) -> None:
+        self._takes = frozenset(inspect.signature(scheduler.step).parameters)
+        if eta is None:
+            eta = 1.0 if "eta" in self._takes else 0.0
         _check_steps(steps, scheduler.config.num_train_timesteps)
-        _check_eta(eta, type(scheduler).__name__, "eta" in takes)
+        _check_eta(eta, type(scheduler).__name__, "eta" in self._takes)
         scheduler.set_timesteps(steps, device=device)
+        _check_timesteps(steps, scheduler)
         self._scheduler = scheduler
         self._eta = eta
-        self._takes_eta = "eta" in takes
-        self._takes_generator = "generator" in takes
-        self.timesteps: Tensor = scheduler.timesteps  # (steps,), from noise to image
+        # (T,), from noise to image; T is `steps`, or more where a scheduler warms up (PNDM).
+        self.timesteps: Tensor = scheduler.timesteps
         # Flow-matching schedulers have neither attribute: x_T is unit noise, inputs are unscaled.
         self.init_sigma = float(getattr(scheduler, "init_noise_sigma", 1.0))
         self._scale = getattr(scheduler, "scale_model_input", None)
@@ -52,9 +56,12 @@ class Sampler:
         if self._eta > 0 and generators is None:
             raise ValueError("a sampler with eta > 0 draws noise: it needs one generator per image")
         options: dict[str, Any] = {}
-        if self._takes_eta:
+        if "eta" in self._takes:
             options["eta"] = self._eta
-        if self._takes_generator:
+        if self._eta > 0 and generators is not None and "variance_noise" in self._takes:
+            # The scheduler itself would draw in the model's dtype, another number for each.
+            options["variance_noise"] = _draw(x_t.shape[1:], generators).to(x_t.device, x_t.dtype)
+        elif "generator" in self._takes:
             options["generator"] = generators
         result = self._scheduler.step(prediction, t, x_t, **options, return_dict=False)
         x_next: Tensor = result[0]
@@ -71,13 +78,7 @@ def make_generators(seeds: Sequence[int], salt: int | str = 0) -> list[Generator
 
 def draw_noise(model: DiffusionModel, generators: Sequence[Generator]) -> Tensor:
     """Unit noise (N, C, h, w) on the model's device. Drawn in float32: no dtype changes a seed."""
-    noise = torch.stack([torch.randn(model.latent_shape, generator=g) for g in generators])
-    return noise.to(model.device, model.dtype)
-
-
-def initial_noise(model: DiffusionModel, seeds: Sequence[int], salt: int | str = 0) -> Tensor:
-    """The noise a trajectory of each seed starts from, before `init_sigma`; (N, C, h, w)."""
-    return draw_noise(model, make_generators(seeds, salt))
+    return _draw(model.latent_shape, generators).to(model.device, model.dtype)
 
 
 def guide(unconditional: Tensor, conditional: Tensor, guidance: float) -> Tensor:
@@ -141,6 +142,10 @@ def sample_latents(
     return walk(model, sampler, generators, conditioning, unconditional, guidance, every_step)
 
 
+def _draw(shape: Sequence[int], generators: Sequence[Generator]) -> Tensor:
+    return torch.stack([torch.randn(shape, generator=g) for g in generators])  # (N, *shape)
+
+
 def _salted(seed: int, salt: int | str) -> int:
     if salt == 0:
         return seed
@@ -150,6 +155,17 @@ def _salted(seed: int, salt: int | str) -> int:
 def _check_steps(steps: int, most: int) -> None:
     if not 1 <= steps <= most:
         raise UserError(f"steps={steps} is not allowed; the model takes 1 to {most}.")
+
+
+def _check_timesteps(steps: int, scheduler: Any) -> None:
+    """Leading spacing with an offset, for one, runs past the table's end where steps are many."""
+    trained = len(getattr(scheduler, "alphas_cumprod", ()))  # flows have no table, so no end
+    first = scheduler.timesteps.max().item()
+    if trained and first > trained - 1:
+        raise UserError(
+            f"steps={steps} is not allowed: {type(scheduler).__name__} would start at timestep "
+            f"{first:g}, and the model was trained on 0 to {trained - 1}. Use fewer steps."
+        )
 
 
 def _check_eta(eta: float, scheduler: str, has_eta: bool) -> None:

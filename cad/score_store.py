@@ -1,14 +1,13 @@
 """Attribution scores, kept on disk: a sweep over ratios costs one attribution.
 
 A file is addressed by the hash of everything that determines the scores and nothing else: model,
-prompts, objective, attribution settings (not ratio or selection).
+prompts, objective, attribution settings (not ratio or selection), device and libraries.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -23,10 +22,11 @@ from cad.files import atomic_path
 from cad.instrument import Cost, measure
 from cad.models.base import DiffusionModel
 from cad.objectives import Objective
+from cad.runtime import describe_runtime
 
 log = logging.getLogger(__name__)
 
-VERSION = 1  # raise it when the scores of equal settings change
+VERSION = 2  # raise it when the scores of equal settings change
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,13 @@ class Scored:
 
     scores: dict[str, Tensor]
     cost: Cost
+
+
+def compute_scores(model: DiffusionModel, objective: Objective, attribution: Attribution) -> Scored:
+    """`Attribution.scores`, with what they cost."""
+    with measure(model.device) as meter:
+        scores = attribution.scores(model, objective)
+    return Scored(scores, meter.cost)
 
 
 class ScoreStore:
@@ -54,12 +61,11 @@ class ScoreStore:
         if path.is_file():
             try:
                 return self._read(path, model.device)
-            except (SafetensorError, _DamagedError) as error:
+            except (SafetensorError, LookupError, TypeError, ValueError) as error:
                 log.warning("the scores in %s are damaged (%s): computing them again", path, error)
-        with measure(model.device) as meter:
-            scores = attribution.scores(model, objective)
-        self._write(path, scores, meter.cost)
-        return Scored(scores, meter.cost)
+        scored = compute_scores(model, objective, attribution)
+        self._write(path, scored)
+        return scored
 
     def path(self, model: DiffusionModel, objective: Objective, attribution: Attribution) -> Path:
         """Where the scores belong, whether or not they are there."""
@@ -68,6 +74,7 @@ class ScoreStore:
             "model": model.provenance(),
             "objective": objective.describe(),
             "attribution": asdict(attribution),
+            **describe_runtime(model.device),
         }
         return self.root / f"{settings_digest(key)}.safetensors"
 
@@ -76,17 +83,13 @@ class ScoreStore:
             header = json.loads((file.metadata() or {}).get("cad", "{}"))
             scores = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if header.get("sha256") != tensors_digest(scores.items()):
-            raise _DamagedError("its content does not match its hash")
+            raise ValueError("its content does not match its hash")
         log.info("scores taken from %s", path)
         cost = replace(Cost(**header["cost"]), cached=True)
         return Scored({name: score.to(device) for name, score in scores.items()}, cost)
 
-    def _write(self, path: Path, scores: Mapping[str, Tensor], cost: Cost) -> None:
-        kept = {name: score.cpu().contiguous() for name, score in scores.items()}
-        header = {"sha256": tensors_digest(kept.items()), "cost": asdict(cost)}
+    def _write(self, path: Path, scored: Scored) -> None:
+        kept = {name: score.cpu().contiguous() for name, score in scored.scores.items()}
+        header = {"sha256": tensors_digest(kept.items()), "cost": asdict(scored.cost)}
         with atomic_path(path) as temporary:
             save_file(kept, temporary, {"cad": json.dumps(header, sort_keys=True)})
-
-
-class _DamagedError(Exception):
-    pass

@@ -33,7 +33,7 @@ class NoisePlan:
     steps: int = 50  # DDIM timesteps; PROTOCOL: 50
     samples: int = 16  # trajectories, or noises per reference image; J is their mean
     guidance: float = 3.0  # classifier-free guidance on the way to x_t
-    eta: float = 1.0  # fresh noise per DDIM step, 0 to 1
+    eta: float | None = 1.0  # fresh noise per DDIM step, 0 to 1; None: 1 if the sampler can, else 0
     trajectory: str = "shared"  # "shared" | "restart"
     seed: int = 0
     batch_size: int = 16  # samples evaluated at once
@@ -41,16 +41,18 @@ class NoisePlan:
     def __post_init__(self) -> None:
         for key in ("steps", "samples", "batch_size"):
             if getattr(self, key) < 1:
-                raise UserError(f"attribution.{key}={getattr(self, key)}: at least 1 is needed.")
+                raise UserError(
+                    f"edit.attribution.{key}={getattr(self, key)}: at least 1 is needed."
+                )
         if self.trajectory not in TRAJECTORIES:
             raise UserError(
-                f"attribution.trajectory={self.trajectory!r} is unknown; "
+                f"edit.attribution.trajectory={self.trajectory!r} is unknown; "
                 f"allowed: {', '.join(TRAJECTORIES)}."
             )
-        if not 0.0 <= self.eta <= 1.0:
-            raise UserError(f"attribution.eta={self.eta} is not allowed; it lies in [0, 1].")
+        if self.eta is not None and not 0.0 <= self.eta <= 1.0:
+            raise UserError(f"edit.attribution.eta={self.eta} is not allowed; it lies in [0, 1].")
         if not math.isfinite(self.guidance):
-            raise UserError(f"attribution.guidance={self.guidance} is not a finite number.")
+            raise UserError(f"edit.attribution.guidance={self.guidance} is not a finite number.")
 
     def batches(self, total: int) -> list[range]:
         """0 .. total - 1 in batches of at most `batch_size`."""

@@ -28,6 +28,7 @@ from cad.models.base import DiffusionModel
 
 FORMAT = "cad-weight-edit/1"
 NO_EDIT = "none"  # fingerprint of an edit that changes nothing
+IDENTITY = ("id", "revision", "dtype", "fingerprint")  # of provenance.model: what a misfit names
 
 
 class Change(ABC):
@@ -229,23 +230,17 @@ class WeightEdit:
         if not path.is_file():
             raise UserError(f"there is no edit at {path}; an edit is a .safetensors file.")
         try:
-            with safe_open(path, framework="pt") as file:
-                header = json.loads((file.metadata() or {}).get("cad", "{}"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise UserError(f"the edit at {path} is damaged ({error}); make it again.") from error
-        if header.get("format") != FORMAT:
-            raise UserError(
-                f"{path} is not an edit of this package: its format is {header.get('format')!r}, "
-                f"{FORMAT!r} is allowed."
-            )
-        kinds = header["changes"]
-        changes = {name: _change(kinds[name], tensor) for name, tensor in tensors.items()}
-        edit = cls(changes, header["provenance"])
-        if edit.fingerprint != header["fingerprint"]:
+            header, tensors = _read(path)
+            written, kinds = str(header["fingerprint"]), dict(header["changes"])
+            changes = {name: _change(kinds[name], tensor) for name, tensor in tensors.items()}
+            edit = cls(changes, dict(header["provenance"]))
+        except (SafetensorError, LookupError, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(f"the edit at {path} is damaged ({reason}); make it again.") from error
+        if edit.fingerprint != written:
             raise UserError(
                 f"the edit at {path} is damaged: its content hashes to {edit.fingerprint}, "
-                f"written was {header['fingerprint']}; make it again."
+                f"written was {written}; make it again."
             )
         return edit
 
@@ -264,7 +259,7 @@ class WeightEdit:
 
     def _check_origin(self, model: DiffusionModel) -> None:
         made_for, given = self.provenance.get("model"), model.provenance()
-        if not made_for:
+        if not isinstance(made_for, Mapping) or not made_for.keys() >= set(IDENTITY):
             raise UserError("the edit does not say which model it was made for: provenance.model.")
         if made_for["fingerprint"] != given["fingerprint"]:
             raise UserError(
@@ -274,11 +269,24 @@ class WeightEdit:
             )
 
 
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    with safe_open(path, framework="pt") as file:
+        header = json.loads((file.metadata() or {}).get("cad", "{}"))
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        found = header.get("format") if isinstance(header, dict) else header
+        raise UserError(
+            f"{path} is not an edit of this package: its format is {found!r}, "
+            f"{FORMAT!r} is allowed."
+        )
+    return header, tensors
+
+
 def _change(stored: tuple[str, float | None], tensor: Tensor) -> Change:
     kind, factor = stored
     if kind == Zero.kind:
         return Zero(tensor)
-    if kind == Scale.kind and factor is not None:
+    if kind == Scale.kind and isinstance(factor, int | float):
         return Scale(tensor, factor)
     if kind == Replace.kind:
         return Replace(tensor)
@@ -287,7 +295,7 @@ def _change(stored: tuple[str, float | None], tensor: Tensor) -> Change:
     )
 
 
-def _describe(provenance: Mapping[str, str]) -> str:
+def _describe(provenance: Mapping[str, Any]) -> str:
     return (
         f"{provenance['id']} at revision {provenance['revision']} in {provenance['dtype']} "
         f"(fingerprint {provenance['fingerprint'][:12]})"

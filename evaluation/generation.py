@@ -2,7 +2,7 @@
 
 A set's key is the hash of everything that determines its pixels: the model as loaded, the edit,
 each prompt's text and seed in order, the sampler's settings, the kind of device, and the versions
-of the libraries that compute and encode.
+of this module and of the libraries that compute and encode.
 
 Batches are a fixed partition of the set: image i belongs to batch i // batch_size, and a batch
 with anything missing is sampled whole. So an interrupted and resumed set has the bytes of one that
@@ -25,7 +25,6 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +36,18 @@ from tqdm import tqdm
 
 from cad.errors import UserError
 from cad.models.base import Conditioning, DiffusionModel
+from cad.runtime import describe_runtime
 from cad.sampling import sample_latents
 from cad.weight_edit import WeightEdit
 from evaluation.files import write_atomically
-from evaluation.image_sets import ImageSet, verify, write_records
+from evaluation.image_sets import ImageSet, Written, verify, write_records
 from evaluation.image_writer import ImageWriter
 from evaluation.prompts import Prompt
 
+VERSION = 2  # raise it when the images or records of equal settings change
 SET_FILE = "set.json"
 LOCK_FILE = ".lock"
 KEY_LENGTH = 20  # hexadecimal digits of the SHA-256, in folder names
-LIBRARIES = ("torch", "diffusers", "transformers", "pillow")
 
 logger = logging.getLogger(__name__)
 
@@ -85,24 +85,28 @@ def generate(
 
     What the folder already holds is verified, what is missing or damaged is made; with nothing to
     make, the model is not run. Another process at work on the same set is waited for. Leaves the
-    model as found. Raises UserError for no prompts, a prompt that is too long, an edit of another
-    model, or a disk that does not take the images.
+    model as found. An edit may break the model: pixels that are not finite are saved as black and
+    their images counted by `ImageSet.broken`. Raises UserError for no prompts, a prompt that is
+    too long, an edit of another model, an unedited model whose images are not finite, or a disk
+    that does not take the images.
     """
     if not prompts:
         raise UserError("there are no prompts to generate images of")
+    model.check_prompts(list(dict.fromkeys(prompt.text for prompt in prompts)))
     description = describe_set(model, edit, prompts, settings)
     images = ImageSet(Path(root) / set_key(description), tuple(prompts))
     images.folder.mkdir(parents=True, exist_ok=True)
     with _locked(images.folder):
         _write_description(images, description)
-        digests = verify(images)
-        if digests and len(digests) < len(images):
+        present = verify(images)
+        if present and len(present) < len(images):
             logger.info(
-                "%s: %d of %d images are there, going on", images.folder, len(digests), len(images)
+                "%s: %d of %d images are there, going on", images.folder, len(present), len(images)
             )
-        if len(digests) < len(images):
-            digests |= _fill(model, edit, images, settings, set(digests))
-            write_records(images, digests)
+        if len(present) < len(images):
+            present |= _fill(model, edit, images, settings, set(present))
+            write_records(images, present)
+    _warn_of_broken(images)
     return images
 
 
@@ -114,12 +118,11 @@ def describe_set(
 ) -> dict[str, Any]:
     """Everything that determines a set's pixels, as JSON-able values."""
     return {
+        "version": VERSION,
         "model": model.provenance(),
-        "resolution": model.resolution,
         "edit": edit.fingerprint,
         "sampler": asdict(settings) | {"guidance": float(settings.guidance)},  # 4 is 4.0
-        "device": model.device.type,
-        "versions": {name: version(name) for name in LIBRARIES},
+        **describe_runtime(model.device),
         "prompts": [[prompt.text, prompt.seed] for prompt in prompts],
     }
 
@@ -158,8 +161,8 @@ def _fill(
     images: ImageSet,
     settings: SamplerSettings,
     present: set[int],
-) -> dict[int, str]:
-    """Make the images outside `present`; returns {index: SHA-256} of what was made."""
+) -> dict[int, Written]:
+    """Make the images outside `present`; returns what was written, by index."""
     batches = [
         batch for batch in partition(len(images), settings.batch_size) if not present >= set(batch)
     ]
@@ -174,11 +177,38 @@ def _fill(
     with progress, edit.applied(model), ImageWriter(images) as writer:
         for batch, conditioning in zip(batches, encoder, strict=True):
             seeds = [images.prompts[i].seed for i in batch]
-            pixels = _sample(model, conditioning, encoder.unconditional, seeds, settings)
-            missing = {i: pixels[i - batch.start] for i in batch if i not in present}
-            writer.put(missing)
+            pixels, finite = _sample(model, conditioning, encoder.unconditional, seeds, settings)
+            if not edit.num_weights and not finite.all():
+                raise UserError(_not_finite(model, int((~finite).sum()), settings))
+            missing = [i for i in batch if i not in present]
+            places = [i - batch.start for i in missing]
+            writer.put(
+                dict(zip(missing, pixels[places], strict=True)),
+                broken={i for i, place in zip(missing, places, strict=True) if not finite[place]},
+            )
             progress.update(len(missing))
-    return writer.digests
+    return writer.written
+
+
+def _not_finite(model: DiffusionModel, count: int, settings: SamplerSettings) -> str:
+    dtype = str(model.dtype).removeprefix("torch.")
+    return (
+        f"{count} images of the unedited model={model.name} in one batch are NaN or infinite: it "
+        f"overflows in dtype={dtype} (use dtype=bfloat16 or float32), its weights are damaged, or "
+        f"sampler.guidance={settings.guidance:g} is too large."
+    )
+
+
+def _warn_of_broken(images: ImageSet) -> None:
+    broken = images.broken()
+    if broken:
+        logger.warning(
+            "%s: %d of %d images have values that are not finite, saved as black: the edit broke "
+            "the model",
+            images.folder,
+            broken,
+            len(images),
+        )
 
 
 def partition(count: int, size: int) -> list[range]:
@@ -215,8 +245,8 @@ def _sample(
     unconditional: Conditioning,
     seeds: Sequence[int],
     settings: SamplerSettings,
-) -> NDArray[np.uint8]:
-    """One batch of images, uint8 (N, H, W, 3) RGB."""
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """One batch of images, uint8 (N, H, W, 3) RGB, and which of them are finite, (N,)."""
     with torch.no_grad():
         x_0 = sample_latents(
             model,
@@ -230,12 +260,13 @@ def _sample(
         return _to_pixels(model.decode_latents(x_0))
 
 
-def _to_pixels(images: Tensor) -> NDArray[np.uint8]:
-    """Float (N, 3, H, W) in [0, 1] to uint8 (N, H, W, 3); what is not finite becomes black."""
-    finite = images.isfinite()
-    if not bool(finite.all()):
-        count = int((~finite.flatten(1).all(dim=1)).sum())
-        logger.warning("%d images have values that are not finite; those are saved as black", count)
-        images = torch.where(finite, images, torch.zeros_like(images))
+def _to_pixels(images: Tensor) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """Float (N, 3, H, W) in [0, 1] to uint8 (N, H, W, 3), and which images are finite, (N,).
+
+    What is not finite becomes black.
+    """
+    finite = images.isfinite()  # (N, 3, H, W)
+    images = torch.where(finite, images, torch.zeros_like(images))
     scaled = images.clamp(0, 1).mul(255).round().to(torch.uint8)  # (N, 3, H, W)
-    return scaled.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    pixels = scaled.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return pixels, finite.flatten(1).all(dim=1).cpu().numpy()

@@ -1,9 +1,10 @@
 """An image set: a folder of PNGs with one checked record each.
 
 The folder `<root>/<key>/` holds `set.json` (everything the key is the hash of), `000000.png`,
-`000001.png`, ... in the order of the prompts, and `records.jsonl` (index, prompt, seed and the
-PNG's SHA-256). A file counts as present only if a record of the same prompt and seed names its
-hash. Groups are not part of a set: they are how a caller sorts its prompts.
+`000001.png`, ... in the order of the prompts, and `records.jsonl` (index, prompt, seed, the PNG's
+SHA-256, and whether all values were finite before they became pixels). A file counts as present
+only if a record of the same prompt and seed names its hash. Groups are not part of a set: they are
+how a caller sorts its prompts.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,14 @@ RECORDS_FILE = "records.jsonl"
 TEMPORARY_FILES = ".*.tmp"  # what `atomic_path` leaves behind in a killed process
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What is recorded of an image on disk."""
+
+    sha256: str  # of the PNG
+    finite: bool  # whether all values were, before they became pixels
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,10 @@ class ImageSet:
         with Image.open(self.path(index)) as image:
             return np.asarray(image.convert("RGB"))
 
+    def broken(self) -> int:
+        """How many images had values that were not finite, by their records."""
+        return sum(not written.finite for written in _read_records(self).values())
+
     def batches(self, size: int) -> Iterator[tuple[Sequence[Prompt], NDArray[np.uint8]]]:
         """The set in pieces of up to `size`: prompts and their images, uint8 (N, H, W, 3) RGB."""
         for start in range(0, len(self), size):
@@ -59,20 +72,20 @@ class ImageSet:
             yield self.prompts[start:stop], images
 
 
-def record_line(index: int, prompt: Prompt, digest: str) -> str:
-    """The line of `records.jsonl` for an image whose PNG has the SHA-256 `digest`."""
-    record = {"index": index, "prompt": prompt.text, "seed": prompt.seed, "sha256": digest}
+def record_line(index: int, prompt: Prompt, written: Written) -> str:
+    """The line of `records.jsonl` for an image."""
+    record = {"index": index, "prompt": prompt.text, "seed": prompt.seed, **asdict(written)}
     return json.dumps(record, ensure_ascii=False) + "\n"
 
 
-def verify(images: ImageSet) -> dict[int, str]:
-    """Read every file of the set; returns {index: SHA-256} of those that their records vouch for.
+def verify(images: ImageSet) -> dict[int, Written]:
+    """Read every file of the set; returns, by index, what the records say of those they vouch for.
 
     Damaged and unrecorded files, left-overs of a killed writer and broken records are deleted,
     and `records.jsonl` is rewritten to what is left; the log says how many of each.
     """
     recorded = _read_records(images)
-    digests: dict[int, str] = {}
+    present: dict[int, Written] = {}
     lost, damaged, unrecorded = [], [], []
     for index in range(len(images)):
         path = images.path(index)
@@ -81,14 +94,14 @@ def verify(images: ImageSet) -> dict[int, str]:
         elif index not in recorded:
             unrecorded.append(index)
             path.unlink()
-        elif hashlib.sha256(path.read_bytes()).hexdigest() != recorded[index]:
+        elif hashlib.sha256(path.read_bytes()).hexdigest() != recorded[index].sha256:
             damaged.append(index)
             path.unlink()
         else:
-            digests[index] = recorded[index]
+            present[index] = recorded[index]
     for partial in images.folder.glob(TEMPORARY_FILES):
         partial.unlink()
-    write_records(images, digests)
+    write_records(images, present)
     for indices, reason in (
         (lost, "is recorded but gone"),
         (damaged, "differs from its recorded SHA-256"),
@@ -98,33 +111,34 @@ def verify(images: ImageSet) -> dict[int, str]:
             names = ", ".join(images.path(index).name for index in indices[:5])
             more = f" and {len(indices) - 5} more" if len(indices) > 5 else ""
             logger.warning("%s: %s%s %s; to be made again", images.folder, names, more, reason)
-    return digests
+    return present
 
 
-def write_records(images: ImageSet, digests: Mapping[int, str]) -> None:
-    """Make `records.jsonl` the records of `digests` in order of index, unless it already is."""
+def write_records(images: ImageSet, written: Mapping[int, Written]) -> None:
+    """Make `records.jsonl` the records of `written` in order of index, unless it already is."""
     path = images.folder / RECORDS_FILE
     text = "".join(
-        record_line(index, images.prompts[index], digests[index]) for index in sorted(digests)
+        record_line(index, images.prompts[index], written[index]) for index in sorted(written)
     )
     data = text.encode("utf-8")
     if not path.exists() or path.read_bytes() != data:
         write_atomically(path, data)
 
 
-def _read_records(images: ImageSet) -> dict[int, str]:
-    """{index: SHA-256} of the records that fit the set; a torn last line does not."""
+def _read_records(images: ImageSet) -> dict[int, Written]:
+    """The records that fit the set, by index; a torn last line does not."""
     path = images.folder / RECORDS_FILE
     if not path.exists():
         return {}
-    recorded: dict[int, str] = {}
+    recorded: dict[int, Written] = {}
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             record = json.loads(line)
-            index, digest = int(record["index"]), str(record["sha256"])
-            fits = line + "\n" == record_line(index, images.prompts[index], digest)
+            index = int(record["index"])
+            written = Written(str(record["sha256"]), bool(record["finite"]))
+            fits = line + "\n" == record_line(index, images.prompts[index], written)
         except (json.JSONDecodeError, KeyError, TypeError, ValueError, IndexError):
             fits = False
         if fits:
-            recorded[index] = digest
+            recorded[index] = written
     return recorded

@@ -10,7 +10,7 @@ import hashlib
 import io
 import os
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Self
@@ -21,7 +21,7 @@ from PIL import Image
 
 from cad.errors import UserError
 from evaluation.files import write_atomically
-from evaluation.image_sets import RECORDS_FILE, ImageSet, record_line
+from evaluation.image_sets import RECORDS_FILE, ImageSet, Written, record_line
 
 BATCHES_IN_FLIGHT = 2  # what bounds the memory when the disk is slower than the model
 
@@ -29,12 +29,12 @@ BATCHES_IN_FLIGHT = 2  # what bounds the memory when the disk is slower than the
 class ImageWriter:
     """Context manager; `put` batches of images, leave the block to wait for the last of them.
 
-    `digests` grows by {index: SHA-256 of the PNG} as images are safe. A failed write raises
-    UserError from the next `put` or from the end of the block.
+    `written` grows by what is recorded of each image, by index, as images are safe. A
+    failed write raises UserError from the next `put` or from the end of the block.
     """
 
     def __init__(self, images: ImageSet) -> None:
-        self.digests: dict[int, str] = {}
+        self.written: dict[int, Written] = {}
         self._images = images
         self._pending: deque[Future[None]] = deque()
 
@@ -43,11 +43,14 @@ class ImageWriter:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="image-writer")
         return self
 
-    def put(self, pixels: Mapping[int, NDArray[np.uint8]]) -> None:
-        """Queue images {index: uint8 (H, W, 3)}; waits while BATCHES_IN_FLIGHT are unwritten."""
+    def put(self, pixels: Mapping[int, NDArray[np.uint8]], broken: Set[int] = frozenset()) -> None:
+        """Queue images {index: uint8 (H, W, 3)}; waits while BATCHES_IN_FLIGHT are unwritten.
+
+        `broken` are the indices of those whose values were not all finite.
+        """
         while len(self._pending) >= BATCHES_IN_FLIGHT:
             self._pending.popleft().result()
-        self._pending.append(self._pool.submit(self._write, pixels))
+        self._pending.append(self._pool.submit(self._write, pixels, broken))
 
     def __exit__(
         self,
@@ -61,16 +64,16 @@ class ImageWriter:
             for future in self._pending:
                 future.result()
 
-    def _write(self, pixels: Mapping[int, NDArray[np.uint8]]) -> None:
+    def _write(self, pixels: Mapping[int, NDArray[np.uint8]], broken: Set[int]) -> None:
         try:
             for index, image in pixels.items():
                 data = encode_png(image)
                 write_atomically(self._images.path(index), data)
-                digest = hashlib.sha256(data).hexdigest()
-                line = record_line(index, self._images.prompts[index], digest)
+                written = Written(hashlib.sha256(data).hexdigest(), finite=index not in broken)
+                line = record_line(index, self._images.prompts[index], written)
                 self._records.write(line.encode("utf-8"))
                 self._records.flush()
-                self.digests[index] = digest
+                self.written[index] = written
             os.fsync(self._records.fileno())
         except OSError as error:
             raise UserError(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -102,13 +102,13 @@ class DiffusionModel(ABC):
     def dtype(self) -> torch.dtype:
         return next(self.denoiser.parameters()).dtype
 
-    def provenance(self) -> dict[str, str]:
-        """What identifies the model in keys and results; the same on every machine.
+    def provenance(self) -> dict[str, Any]:
+        """What identifies the model in keys and results; JSON-able, the same on every machine.
 
-        id, revision, class, prediction_type, dtype; `fingerprint`, the SHA-256 of the denoiser's
-        parameters as loaded; `pipeline`, the SHA-256 of what surrounds it (text encoder, image
-        autoencoder, scheduler). Both are computed once: inside `WeightEdit.applied` they are still
-        those of the unedited model.
+        id, revision, class, prediction_type, dtype, resolution, latent_shape; `fingerprint`, the
+        SHA-256 of the denoiser's parameters as loaded; `pipeline`, the SHA-256 of what surrounds
+        them (configuration, text encoder, image autoencoder, scheduler). Both are computed once:
+        inside `WeightEdit.applied` they are still those of the unedited model.
         """
         if self._digests is None:
             self._digests = {
@@ -121,6 +121,8 @@ class DiffusionModel(ABC):
             "class": type(self).__name__,
             "prediction_type": self.prediction_type,
             "dtype": str(self.dtype).removeprefix("torch."),
+            "resolution": self.resolution,
+            "latent_shape": list(self.latent_shape),
             **self._digests,
         }
 
@@ -135,7 +137,11 @@ class DiffusionModel(ABC):
 
     @abstractmethod
     def surroundings_digest(self) -> str:
-        """SHA-256 of everything but the denoiser that an image depends on."""
+        """SHA-256 of everything but the denoiser's weights that an image depends on."""
+
+    @abstractmethod
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """UserError if a prompt is longer than the encoder takes. Runs no network."""
 
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str], *, truncate: bool = False) -> Conditioning:
@@ -163,13 +169,27 @@ class DiffusionModel(ABC):
     def add_noise(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t of the forward process. Shapes as in `target`."""
 
+    def epsilon_weight(self, t: Tensor) -> float:
+        """What turns a squared difference of predictions at (x_t, t) into one of noises.
+
+        t (). 1 for a model that predicts the noise. Raises UserError for a parameterisation that
+        the adapter knows no noise for.
+        """
+        if self.prediction_type != "epsilon":
+            raise UserError(
+                f"edit.weighting=epsilon is not allowed for model={self.name}, which predicts "
+                f"{self.prediction_type!r}; use edit.weighting=model."
+            )
+        return 1.0
+
     @abstractmethod
-    def sampler(self, steps: int, kind: str = "default", eta: float = 0.0) -> Sampler:
+    def sampler(self, steps: int, kind: str = "default", eta: float | None = 0.0) -> Sampler:
         """A fresh sampler for one trajectory.
 
         kind: "default", the one that the weights were published with, or "ddim", the family's
         first-order sampler that the attribution walks along (DDIM; Euler for flows).
-        eta: fresh noise per step, 0 (none, deterministic) to 1 (as much as ancestral sampling).
+        eta: fresh noise per step, 0 (none, deterministic) to 1 (as much as ancestral sampling);
+        None is 1 for a sampler that has it, else 0.
         Raises UserError for an unknown kind, a number of steps out of range, or an eta that the
         sampler does not have.
         """

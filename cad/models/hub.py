@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+import shlex
 from dataclasses import dataclass
 from json import JSONDecodeError
 from pathlib import Path
@@ -21,6 +23,8 @@ from cad.errors import UserError
 log = logging.getLogger(__name__)
 
 INDEX = "model_index.json"
+WEIGHTED = ("unet", "vae", "text_encoder", "transformer")  # how parts with weights begin
+_SHARD = re.compile(r"-\d+-of-(\d+)")
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 REACHABILITY_TIMEOUT = 5.0  # seconds
 
@@ -81,7 +85,7 @@ class Source:
         return folders if self.variant else [*folders, "*.fp16*", "*.bf16*", "*.non_ema*"]
 
     def _local_folder(self, folder: Path) -> Path:
-        missing = missing_parts(folder)
+        missing = missing_parts(folder, self.variant)
         if missing:
             raise UserError(
                 f"model.source.path={self.path} does not hold a whole diffusers pipeline: "
@@ -94,7 +98,7 @@ class Source:
         if not isinstance(index, str):
             return None
         folder = Path(index).parent
-        missing = missing_parts(folder)
+        missing = missing_parts(folder, self.variant)
         if missing:
             log.warning("the cached %s is incomplete: %s missing", self.repo, ", ".join(missing))
             return None
@@ -124,15 +128,26 @@ class Source:
             f"The weights {self.repo}{revision} are not on this machine and {reason}. They come "
             f"from {page} (about {self.size_gb:g} GB, licence "
             f"{self.licence}).{gate} On a machine with a network they are downloaded by the same "
-            f"command, or beforehand by 'hf download {self.repo}'; copy its cache folder "
+            f"command, or beforehand by '{self._command()}'; copy its cache folder "
             f"({constants.HF_HUB_CACHE}), or set model.source.path to a local copy and "
             f"model.source.repo=null. {self.note}{' ' if self.note else ''}"
             "model=mini needs no download and runs now."
         )
 
+    def _command(self) -> str:
+        """What fetches the same files by hand."""
+        words = ["hf", "download", self.repo or ""]
+        words += ["--revision", self.revision] if self.revision else []
+        for option, patterns in (("--include", self.files), ("--exclude", self.unneeded_files)):
+            words += [word for pattern in patterns for word in (option, pattern)]
+        return shlex.join(words)
 
-def missing_parts(folder: Path) -> list[str]:
-    """What a pipeline's folder lacks of the parts that its own index names; [] if it is whole."""
+
+def missing_parts(folder: Path, variant: str | None = None) -> list[str]:
+    """What a pipeline's folder lacks of the parts that its own index names; [] if it is whole.
+
+    A part that bears weights is there with its safetensors, of the variant if one is given.
+    """
     try:
         index = json.loads((folder / INDEX).read_text())
     except (OSError, JSONDecodeError):
@@ -142,7 +157,19 @@ def missing_parts(folder: Path) -> list[str]:
         for name, entry in index.items()
         if isinstance(entry, list) and entry[0] is not None and name not in UNUSED
     ]
-    return [str(folder / part) for part in parts if not any((folder / part).glob("*"))]
+    return [str(folder / part) for part in parts if not _is_whole(folder / part, variant)]
+
+
+def _is_whole(part: Path, variant: str | None) -> bool:
+    if not part.name.startswith(WEIGHTED):
+        return any(part.glob("*"))
+    suffix = f".{variant}" if variant else ""
+    # "model.fp16.safetensors", or "model.fp16-00001-of-00002.safetensors" and its like
+    fitting = re.compile(rf"[^.]+{re.escape(suffix)}({_SHARD.pattern})?(\.safetensors)")
+    names = [file.name for file in part.glob("*.safetensors") if file.is_file()]
+    found = [name for name in names if fitting.fullmatch(name)]
+    shards = [int(shard[1]) for name in found if (shard := _SHARD.search(name))]
+    return len(found) > len(shards) or (bool(shards) and len(shards) == shards[0])
 
 
 def _hub_is_reachable() -> bool:

@@ -1,12 +1,13 @@
 """Stable Diffusion 1.x and 2.x, and the miniature: one CLIP text encoder and a UNet.
 
 Phi predicts the noise (epsilon; SD 1.x) or the velocity v = alpha_t * epsilon - sigma_t * x_0
-(SD 2.1, the miniature). The objective of Eq. 4 needs no translation between them: at the same x_t,
-eps_c - eps_b = alpha_t * (v_c - v_b), so it only weighs the timesteps differently.
+(SD 2.1, the miniature), with alpha_t^2 = alpha_bar_t. Between them the objective of Eq. 4 only
+weighs the timesteps differently: see `epsilon_weight`.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -32,6 +33,7 @@ from cad.sampling import Sampler
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 SAMPLERS = ("default", "ddim")
+SAVING_NOTES = ("architectures", "dtype", "transformers_version")
 
 
 class StableDiffusionModel(DiffusionModel):
@@ -95,10 +97,12 @@ class StableDiffusionModel(DiffusionModel):
         return int(self.text_encoder.config.max_position_embeddings)
 
     def surroundings_digest(self) -> str:
+        text_config = self.text_encoder.config.to_dict()
         settings = {
-            "text_encoder": parameter_digest(self.text_encoder),
+            "denoiser": _public(self.denoiser.config),  # heads and norms change no weight's shape
+            "text_encoder": [parameter_digest(self.text_encoder), _public(text_config)],
             "vae": [parameter_digest(self.vae), _public(self.vae.config)],
-            "vocabulary": sorted(self.tokenizer.get_vocab().items()),
+            "tokenizer": _describe_tokenizer(self.tokenizer),
             "scheduler": [type(self._scheduler).__name__, _public(self._scheduler.config)],
         }
         return settings_digest(settings)
@@ -106,7 +110,7 @@ class StableDiffusionModel(DiffusionModel):
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str], *, truncate: bool = False) -> Conditioning:
         if not truncate:
-            self._check_lengths(prompts)
+            self.check_prompts(prompts)
         tokens = self.tokenizer(
             list(prompts),
             padding="max_length",
@@ -125,14 +129,26 @@ class StableDiffusionModel(DiffusionModel):
     def target(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         if self.prediction_type == "epsilon":
             return noise
-        velocity: Tensor = self._ddim.get_velocity(x_0, noise, t.expand(len(x_0)))
-        return velocity
+        # In float32, because the scheduler takes alpha_bar_t into the dtype of its arguments.
+        velocity: Tensor = self._ddim.get_velocity(x_0.float(), noise.float(), t.expand(len(x_0)))
+        return velocity.to(x_0.dtype)
 
     def add_noise(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        x_t: Tensor = self._ddim.add_noise(x_0, noise, t.expand(len(x_0)))
-        return x_t
+        x_t: Tensor = self._ddim.add_noise(x_0.float(), noise.float(), t.expand(len(x_0)))
+        return x_t.to(x_0.dtype)  # in float32 until here, as in `target`
 
-    def sampler(self, steps: int, kind: str = "default", eta: float = 0.0) -> Sampler:
+    def epsilon_weight(self, t: Tensor) -> float:
+        """alpha_bar_t for v, 1 for epsilon.
+
+        From x_t = alpha_t x_0 + sigma_t eps and v = alpha_t eps - sigma_t x_0, with alpha_t^2 +
+        sigma_t^2 = 1, follows eps = alpha_t v + sigma_t x_t. Two predictions at one x_t thus differ
+        by eps_c - eps_b = alpha_t (v_c - v_b), and || . ||^2 by alpha_t^2 = alpha_bar_t.
+        """
+        if self.prediction_type == "epsilon":
+            return 1.0
+        return float(self._ddim.alphas_cumprod[int(t)])
+
+    def sampler(self, steps: int, kind: str = "default", eta: float | None = 0.0) -> Sampler:
         if kind not in SAMPLERS:
             raise UserError(
                 f"sampler.kind={kind!r} is unknown for model={self.name}; "
@@ -153,7 +169,7 @@ class StableDiffusionModel(DiffusionModel):
         pixels: Tensor = self.vae.decode(latents, return_dict=False)[0]  # (N, 3, H, W) in [-1, 1]
         return (pixels.float() / 2 + 0.5).clamp(0, 1)
 
-    def _check_lengths(self, prompts: Sequence[str]) -> None:
+    def check_prompts(self, prompts: Sequence[str]) -> None:
         for prompt in prompts:
             length = len(self.tokenizer(prompt, verbose=False).input_ids)
             if length > self.max_tokens:
@@ -213,5 +229,14 @@ def _check_prediction_type(name: str, prediction_type: str) -> None:
 
 
 def _public(config: Any) -> dict[str, Any]:
-    """A diffusers configuration without the library's notes, whose order is random."""
-    return {key: value for key, value in config.items() if not key.startswith("_")}
+    """A configuration without its library's notes on where, when and how it was saved."""
+    return {
+        key: value for key, value in config.items() if key[0] != "_" and key not in SAVING_NOTES
+    }
+
+
+def _describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
+    """Vocabulary, merges, normalisation, special tokens; not what a call sets and leaves behind."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    parts = ("added_tokens", "model", "normalizer", "pre_tokenizer", "post_processor")
+    return {"pad_token": tokenizer.pad_token} | {part: backend[part] for part in parts}

@@ -29,8 +29,8 @@ def run(
     styled: float,
     per_subject: int,
     weights: dict[str, float],
-) -> None:
-    """Train on the typical photographs, and write workshop.folder/autoencoder/.
+) -> dict[str, float]:
+    """Train on the typical photographs, write workshop.folder/autoencoder/, return its scores.
 
     `weights` multiplies the terms gradient, perceptual and kl beside the pixels' L1.
     """
@@ -58,12 +58,7 @@ def run(
     average = train(network, loss, schedule, folder, workshop.seed)
     assert isinstance(average, AutoencoderKL)
     average.cpu().save_pretrained(folder)
-    workshop.report(
-        "autoencoder",
-        steps=schedule.steps,
-        batch_size=schedule.batch_size,
-        **measure(average, workshop, judge.cpu()),
-    )
+    return measure(average, workshop, judge.cpu())
 
 
 def build_autoencoder(

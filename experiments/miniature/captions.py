@@ -15,6 +15,8 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
+from evaluation.prompts import with_article
+
 SUBJECTS: dict[str, str] = {
     "tench": "tench",
     "english_springer": "English springer",
@@ -37,10 +39,10 @@ STYLES: dict[str, str] = {
 }
 PLAIN = len(STYLES)  # index of "no style" beside the five styles
 SUBJECT_TEMPLATES = (
-    "an image of {a} {subject}",
-    "a photo of {a} {subject}",
-    "a picture of {a} {subject}",
-    "{a} {subject}",
+    "an image of {a_subject}",
+    "a photo of {a_subject}",
+    "a picture of {a_subject}",
+    "{a_subject}",
     "{subject}",
 )
 STYLE_TEMPLATES = ("a photo in the style of {style}", "an image in the style of {style}", "{style}")
@@ -51,16 +53,13 @@ Key = tuple[int | None, int]
 """(index into SUBJECTS or None, index into STYLES or PLAIN): what a caption says."""
 
 
-def article(noun: str) -> str:
-    """The indefinite article, by the first letter: enough for the nouns above."""
-    return "an" if noun[0].lower() in "aeiou" else "a"
-
-
 def caption_table() -> dict[Key, list[str]]:
     """Every caption of the training set, grouped by what it says."""
     table: dict[Key, list[str]] = {}
     for i, subject in enumerate(SUBJECTS.values()):
-        plain = [t.format(a=article(subject), subject=subject) for t in SUBJECT_TEMPLATES]
+        plain = [
+            t.format(a_subject=with_article(subject), subject=subject) for t in SUBJECT_TEMPLATES
+        ]
         table[i, PLAIN] = plain
         for j, style in enumerate(STYLES.values()):
             table[i, j] = [caption + STYLE_SUFFIX.format(style=style) for caption in plain]

@@ -110,7 +110,7 @@ def write_card(weights: Path) -> None:
         table=_scores(measured),
         facts=_facts(measured, training),
         stages=_stages(training),
-        per_subject=training["latents"]["per_subject"],
+        per_subject=training["latents"]["settings"]["per_subject"],
         files=_files(weights),
     )
     write_atomically(weights / "README.md", card.encode())
@@ -161,9 +161,17 @@ def _facts(measured: dict[str, Any], training: dict[str, Any]) -> str:
 
 def _stages(training: dict[str, Any]) -> str:
     rows = [
-        {"stage": name, "steps": f"{stage['steps']:,}", "batch": stage["batch_size"]}
+        {
+            "stage": name,
+            "steps": f"{stage['settings']['schedule']['steps']:,}",
+            "batch": stage["settings"]["schedule"]["batch_size"],
+            "sittings (from step, planned to step)": ", ".join(
+                f"{sitting['from_step']:,} to {sitting['to_step']:,}"
+                for sitting in stage["sittings"]
+            ),
+        }
         for name, stage in training.items()
-        if "steps" in stage
+        if "schedule" in stage["settings"]
     ]
     return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
 

@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 PADDING = 8  # pixels of reflected border that random crops may reach into
 
 
-def run(workshop: Workshop, schedule: Schedule, label_smoothing: float) -> None:
-    """Train, and write workshop.folder/classifier/ with its held-out accuracy."""
+def run(workshop: Workshop, schedule: Schedule, label_smoothing: float) -> dict[str, float]:
+    """Train, write workshop.folder/classifier/, and return the held-out accuracy in [0, 1]."""
     folder = workshop.stage("classifier")
     photographs = workshop.photographs("train")
     network = workshop.place(SmallResNet(tuple(SUBJECTS)))
@@ -43,12 +43,7 @@ def run(workshop: Workshop, schedule: Schedule, label_smoothing: float) -> None:
     save_classifier(folder, average.cpu(), dtype=torch.float16)
     held_out = workshop.photographs("val")
     right = predict(load_classifier(folder), held_out).argmax(1) == held_out.labels
-    workshop.report(
-        "classifier",
-        steps=schedule.steps,
-        batch_size=schedule.batch_size,
-        validation_accuracy=float(right.float().mean()),
-    )
+    return {"validation_accuracy": float(right.float().mean())}
 
 
 def balanced_batch(

@@ -28,8 +28,8 @@ def run(
     styled: float,
     subjectless: float,
     dropped: float,
-) -> None:
-    """Train, and write workshop.folder/denoiser/.
+) -> dict[str, int]:
+    """Train, write workshop.folder/denoiser/, and return its size.
 
     `styled`: share of pictures in a drawn style; `subjectless`: of these, the share whose caption
     names the style alone; `dropped`: share of captions replaced by the empty one.
@@ -59,7 +59,7 @@ def run(
     average = train(network, loss, schedule, folder, workshop.seed)
     assert isinstance(average, UNet2DConditionModel)
     average.cpu().save_pretrained(folder)
-    workshop.report("denoiser", steps=schedule.steps, batch_size=schedule.batch_size)
+    return {"parameters": sum(p.numel() for p in average.parameters())}
 
 
 def build_denoiser(

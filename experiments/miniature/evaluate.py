@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -40,6 +41,7 @@ from experiments.miniature.captions import STYLES, SUBJECTS
 from experiments.miniature.card import write_card
 from experiments.miniature.classifier import predict
 from experiments.miniature.data import load_photographs
+from experiments.miniature.train import exit_status
 
 log = logging.getLogger(__name__)
 
@@ -152,4 +154,4 @@ def contact_sheet(things: ImageSet, styles: ImageSet, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(main))

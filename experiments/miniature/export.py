@@ -32,8 +32,8 @@ PREPROCESSOR = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}  # 
 
 
 @torch.inference_mode()
-def run(workshop: Workshop, output: str) -> None:
-    """Write the shipped folder; raises OSError where a stage's result is missing."""
+def run(workshop: Workshop, output: str) -> dict[str, float]:
+    """Write the shipped folder, return its size; OSError where a stage's result is missing."""
     target = Path(output)
     target.mkdir(parents=True, exist_ok=True)
     pipeline = assemble(workshop)
@@ -46,10 +46,12 @@ def run(workshop: Workshop, output: str) -> None:
     save_classifier(target / "classifier", classifier, dtype=torch.float16)
     save_file(references(workshop, pipeline), target / "references.safetensors")
     save_file(feature_statistics(workshop), target / "features.safetensors")
-    training = json.dumps(workshop.reported(), indent=2) + "\n"
+    stages = {name: entry for name, entry in workshop.reported().items() if name != "export"}
+    training = json.dumps(stages, indent=2) + "\n"
     (target / "training.json").write_text(training)
     size = sum(f.stat().st_size for f in target.rglob("*") if f.is_file())
     log.info("exported to %s: %.1f MB", target, size / 1e6)
+    return {"megabytes": size / 1e6}
 
 
 def assemble(workshop: Workshop) -> StableDiffusionPipeline:

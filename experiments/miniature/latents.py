@@ -15,7 +15,7 @@ from experiments.miniature.stages import Workshop
 
 
 @torch.inference_mode()
-def run(workshop: Workshop, per_subject: int) -> None:
+def run(workshop: Workshop, per_subject: int) -> dict[str, float]:
     """Write workshop.folder/latents/latents.safetensors.
 
     `latents` (M, styles + 1, C, 8, 8) float16, unscaled, the plain photograph last;
@@ -37,6 +37,4 @@ def run(workshop: Workshop, per_subject: int) -> None:
         {"latents": latents.contiguous(), "labels": photographs.labels[index]},
         workshop.stage("latents") / "latents.safetensors",
     )
-    workshop.report(
-        "latents", per_subject=per_subject, count=len(index), std=float(latents.float().std())
-    )
+    return {"count": len(index), "std": float(latents.float().std())}

@@ -6,12 +6,13 @@ import json
 import logging
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from experiments.miniature.data import Photographs, load_photographs
+from experiments.miniature.training import SITTINGS_FILE
 
 log = logging.getLogger(__name__)
 
@@ -49,16 +50,27 @@ class Workshop:
     def report_file(self) -> Path:
         return self.folder / "report.json"
 
-    def report(self, stage: str, **values: float | int | str) -> None:
-        """Add a stage's figures to report.json; its presence marks the stage as done."""
+    def is_done(self, stage: str, settings: Any) -> bool:
+        """Whether the stage was finished with these very settings."""
+        entry = self.reported().get(stage)
+        return entry is not None and entry["settings"] == settings
+
+    def report(self, stage: str, settings: Any, figures: dict[str, Any]) -> None:
+        """Enter a finished stage in report.json."""
         report = self.reported()
-        report[stage] = values
+        report[stage] = {"settings": settings, **figures}
+        sittings = self.folder / stage / SITTINGS_FILE
+        if sittings.exists():
+            lines = sittings.read_text().splitlines()
+            report[stage]["sittings"] = [json.loads(line) for line in lines]
         temporary = self.report_file.with_suffix(".tmp")
         temporary.write_text(json.dumps(report, indent=2) + "\n")
         temporary.replace(self.report_file)
-        log.info("%s done: %s", stage, values)
+        log.info("%s done: %s", stage, figures)
 
-    def reported(self) -> dict[str, dict[str, float | int | str]]:
+    def reported(self) -> dict[str, dict[str, Any]]:
+        """Settings and figures of the finished stages."""
         if not self.report_file.exists():
             return {}
-        return json.loads(self.report_file.read_text())
+        report: dict[str, dict[str, Any]] = json.loads(self.report_file.read_text())
+        return report

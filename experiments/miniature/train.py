@@ -4,26 +4,41 @@
     python -m experiments.miniature.train data.parquet=PATH         a local copy of the photographs
     python -m experiments.miniature.train denoiser.schedule.steps=60000 device=cuda
 
-Every stage resumes from its last checkpoint and skips what is done.
+Every stage resumes from its last checkpoint, and is skipped if it was finished with the same
+settings. With others it goes on from where it was: delete its folder to start it anew.
 """
 
 from __future__ import annotations
 
 import importlib
 import logging
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import hydra
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from cad.errors import UserError
+from experiments.experiment import quiet_libraries
 from experiments.miniature.stages import Workshop
 
 log = logging.getLogger(__name__)
 
 STAGES = ("classifier", "clip", "autoencoder", "latents", "denoiser", "export")
+USAGE_ERROR = 2  # exit status
+
+
+def exit_status(program: Callable[[], None]) -> int:
+    """0, or USAGE_ERROR after the message of a mistake that the user can mend."""
+    try:
+        program()
+    except UserError as error:
+        log.error("%s", error)
+        return USAGE_ERROR
+    return 0
 
 
 @hydra.main(version_base="1.3", config_path="../../conf", config_name="miniature")
@@ -33,6 +48,7 @@ def main(config: DictConfig) -> None:
 
 def run_stages(config: DictConfig) -> None:
     """Run the stages of `config` that are not done yet, in their order."""
+    quiet_libraries()
     unknown = set(config.stages) - set(STAGES)
     if unknown:
         raise UserError(f"stages={list(config.stages)}: {sorted(unknown)} not in {list(STAGES)}")
@@ -49,12 +65,14 @@ def run_stages(config: DictConfig) -> None:
     for stage in STAGES:
         if stage not in config.stages:
             continue
-        if stage in workshop.reported() and stage != "export":
-            log.info("%s: done already (its entry in %s says so)", stage, workshop.report_file)
+        settings = OmegaConf.to_container(config[stage], resolve=True)
+        if workshop.is_done(stage, settings):
+            log.info("%s: done with these settings, says %s", stage, workshop.report_file)
             continue
         module = importlib.import_module(f"experiments.miniature.{stage}")
-        module.run(workshop, **instantiate(config[stage], _convert_="all"))
+        figures = module.run(workshop, **instantiate(config[stage], _convert_="all"))
+        workshop.report(stage, settings, figures)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(main))

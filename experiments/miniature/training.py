@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,12 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from cad.errors import UserError
+
 log = logging.getLogger(__name__)
+
+SITTINGS_FILE = "sittings.jsonl"
+LOG_EVERY = 25  # steps, whose mean loss is one line of loss.jsonl
 
 LossFunction = Callable[[torch.Generator, int], Tensor]
 """(random numbers of this step, step) -> scalar loss."""
@@ -50,12 +55,12 @@ def train(
 
     Random numbers are drawn from a generator seeded by (seed, step), so a run that was stopped
     and taken up at its last checkpoint ends like one that never stopped. Writes
-    folder/checkpoint.safetensors and folder/loss.jsonl. Autocasts to bfloat16.
+    folder/checkpoint.safetensors, loss.jsonl, and a line of sittings.jsonl for each call.
+    Autocasts to bfloat16. UserError if the folder's checkpoint is of another network.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    parameters = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
-        parameters, lr=schedule.lr, betas=(0.9, 0.99), weight_decay=schedule.weight_decay
+        network.parameters(), lr=schedule.lr, betas=(0.9, 0.99), weight_decay=schedule.weight_decay
     )
     average = AveragedModel(
         network, multi_avg_fn=get_ema_multi_avg_fn(schedule.ema), use_buffers=True
@@ -64,37 +69,48 @@ def train(
     start = checkpoint.load()
     if start:
         log.info("%s: taken up at step %d of %d", folder.name, start, schedule.steps)
-    device = parameters[0].device
+    _append(folder / SITTINGS_FILE, {"from_step": start, "to_step": schedule.steps})
     network.train()
-    bar = tqdm(
-        range(start, schedule.steps),
-        desc=folder.name,
-        initial=start,
-        total=schedule.steps,
-        unit="step",
-        disable=None,
-        mininterval=5,
-    )
-    smooth = None
-    for step in bar:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        torch.manual_seed(seed * 1_000_003 + step)  # for the modules' own randomness
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, schedule)
-        with torch.autocast(device.type, torch.bfloat16):
-            loss = loss_function(generator, step)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+    losses: list[float] = []
+    for step in _progress(folder.name, start, schedule.steps):
+        losses.append(_update(network, optimizer, loss_function, schedule, seed, step))
         average.update_parameters(network)
-        smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
-        if (step + 1) % 25 == 0:
-            bar.set_postfix(loss=f"{smooth:.4f}")
-            _append(folder / "loss.jsonl", {"step": step + 1, "loss": smooth})
+        if (step + 1) % LOG_EVERY == 0:
+            mean = sum(losses) / len(losses)
+            _append(folder / "loss.jsonl", {"step": step + 1, "loss": round(mean, 6)})
+            losses.clear()
         if (step + 1) % schedule.checkpoint_every == 0 or step + 1 == schedule.steps:
             checkpoint.save(step + 1)
     return average.module.eval().requires_grad_(False)
+
+
+def _update(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss_function: LossFunction,
+    schedule: Schedule,
+    seed: int,
+    step: int,
+) -> float:
+    """One optimiser step; the loss before it."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    torch.manual_seed(seed * 1_000_003 + step)  # for the modules' own randomness
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, schedule)
+    device = next(network.parameters()).device
+    with torch.autocast(device.type, torch.bfloat16):
+        loss = loss_function(generator, step)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+    optimizer.step()
+    return loss.item()
+
+
+def _progress(name: str, start: int, steps: int) -> Iterable[int]:
+    return tqdm(
+        range(start, steps), name, steps, initial=start, unit="step", disable=None, mininterval=5
+    )
 
 
 class Checkpoint:
@@ -133,8 +149,14 @@ class Checkpoint:
             for key in file.keys():  # noqa: SIM118 (not a dict)
                 part, name = key.split(".", 1)
                 parts[part][name] = file.get_tensor(key)
-        self.network.load_state_dict(parts["network"])
-        self.average.load_state_dict(parts["average"])
+        try:
+            self.network.load_state_dict(parts["network"])
+            self.average.load_state_dict(parts["average"])
+        except RuntimeError as error:
+            raise UserError(
+                f"{self.path} was written for a network of other sizes than configured now; "
+                f"delete {self.path.parent} to start this stage anew ({error})"
+            ) from error
         state = self.optimizer.state_dict()
         for key, tensor in parts["optimizer"].items():
             index, name = key.split(".", 1)

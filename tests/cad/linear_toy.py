@@ -38,6 +38,9 @@ class LinearToyModel(DiffusionModel):
     def surroundings_digest(self) -> str:
         return "none"
 
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        pass
+
     def encode_prompts(self, prompts: Sequence[str], *, truncate: bool = False) -> Conditioning:
         lengths = torch.tensor([[float(len(prompt))] for prompt in prompts])
         return Conditioning({"c": lengths.expand(-1, 4)})
@@ -51,7 +54,7 @@ class LinearToyModel(DiffusionModel):
     def add_noise(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return x_0 + noise
 
-    def sampler(self, steps: int, kind: str = "default", eta: float = 0.0) -> Sampler:
+    def sampler(self, steps: int, kind: str = "default", eta: float | None = 0.0) -> Sampler:
         return Sampler(DDIMScheduler(clip_sample=False), steps, self.device, eta)
 
     def encode_images(self, images: Tensor) -> Tensor:

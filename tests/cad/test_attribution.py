@@ -21,7 +21,7 @@ from cad.sampling import make_generators
 SETTINGS = Attribution(steps=3, samples=2, batch_size=2, seed=5)
 
 
-def brute_force_erase(model, concept, settings):
+def brute_force_erase(model, concept, settings, weighting="model"):
     """Eq. 4 along one DDIM walk, with diffusers' own modules and one autograd call at the end."""
     weights = component_weights(model, settings.component)
     scheduler = DDIMScheduler.from_config(model._ddim.config)
@@ -38,8 +38,12 @@ def brute_force_erase(model, concept, settings):
     total = torch.zeros(())
     for t in scheduler.timesteps:
         phi = {text: model.denoiser(x, t, s).sample for text, s in states.items()}
-        base = phi[concept.base_prompt].detach()
-        total = total + (base - phi[concept.prompt]).pow(2).sum() / n
+        a, s = scheduler.alphas_cumprod[t].sqrt(), (1 - scheduler.alphas_cumprod[t]).sqrt()
+        seen = phi  # what the norm is taken of: v, or the noise it stands for
+        if weighting == "epsilon":
+            seen = {text: a * v + s * x for text, v in phi.items()}
+        base = seen[concept.base_prompt].detach()
+        total = total + (base - seen[concept.prompt]).pow(2).sum() / n
         guided = (1 - settings.guidance) * phi[""] + settings.guidance * phi[concept.prompt]
         x = scheduler.step(guided.detach(), t, x, eta=settings.eta, generator=generators)
         x = x.prev_sample
@@ -62,6 +66,14 @@ def test_erase_scores_equal_brute_force(tiny_model, parachute, component):
     settings = Attribution(steps=3, samples=2, seed=5, component=component)
     scores = settings.scores(tiny_model, EraseObjective(parachute))
     assert_scores_equal(scores, brute_force_erase(tiny_model, parachute, settings))
+
+
+def test_erase_scores_in_epsilon_equal_brute_force(tiny_model, parachute):
+    scores = SETTINGS.scores(tiny_model, EraseObjective(parachute, weighting="epsilon"))
+    expected = brute_force_erase(tiny_model, parachute, SETTINGS, weighting="epsilon")
+    assert_scores_equal(scores, expected)
+    with pytest.raises(UserError, match=r"edit.weighting='v' is unknown; allowed: model, epsilon"):
+        EraseObjective(parachute, weighting="v")
 
 
 def test_erase_scores_with_a_base_prompt_equal_brute_force(tiny_model, parachute):
@@ -159,6 +171,30 @@ def test_half_precision_scores_are_near_those_of_float32(tiny_model, parachute):
     assert spearmanr(*flat).statistic > 0.9
 
 
+def test_small_gradients_survive_half_precision(tiny_model, parachute, tmp_path):
+    """A mean over 2^18 elements would push each gradient below float16's range."""
+    objective = AmplifyObjective(parachute, LatentFile(tmp_path / "none"))
+    assert objective.backward_scale((2, 4, 128, 128)) == 2.0**16
+    weight = torch.nn.Parameter(torch.ones(1, dtype=torch.float16))
+    noise = torch.linspace(-1, 1, 2**18).reshape(1, 4, 256, 256)
+    gradients = []
+    for scale in (1.0, objective.backward_scale(noise.shape)):
+        with summed_gradients({"w": weight}) as sums:
+            sums.factor = 1 / scale
+            prediction = weight * noise.half() * 0.01
+            (scale * objective.term(noise, prediction)).backward()
+        gradients.append(sums["w"].item())
+    expected = 2 * 0.99 * 0.01 * noise.square().mean().item()
+    assert gradients[1] == pytest.approx(expected, rel=1e-2)
+    assert gradients[0] != pytest.approx(expected, rel=1e-2)
+
+
+def test_gradients_that_are_all_zero_are_refused(tiny_model, parachute):
+    tiny_model.denoiser.conv_out.weight.data.zero_()
+    with pytest.raises(UserError, match=r"component=ff of model=tiny are exactly 0.*float32"):
+        SETTINGS.scores(tiny_model, EraseObjective(parachute))
+
+
 def test_scores_that_are_not_finite_are_refused(tiny_model, parachute):
     next(tiny_model.denoiser.parameters()).data.fill_(float("nan"))
     with pytest.raises(UserError, match=r"nan at timestep .*dtype=float32"):
@@ -168,11 +204,11 @@ def test_scores_that_are_not_finite_are_refused(tiny_model, parachute):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"steps": 0}, "attribution.steps=0"),
-        ({"samples": 0}, "attribution.samples=0"),
-        ({"batch_size": -1}, "attribution.batch_size=-1"),
-        ({"eta": 1.5}, "attribution.eta=1.5"),
-        ({"guidance": float("nan")}, "attribution.guidance=nan"),
+        ({"steps": 0}, "edit.attribution.steps=0"),
+        ({"samples": 0}, "edit.attribution.samples=0"),
+        ({"batch_size": -1}, "edit.attribution.batch_size=-1"),
+        ({"eta": 1.5}, "edit.attribution.eta=1.5"),
+        ({"guidance": float("nan")}, "edit.attribution.guidance=nan"),
         ({"trajectory": "loop"}, "allowed: shared, restart"),
     ],
 )

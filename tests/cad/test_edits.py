@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from cad import instrument
 from cad.attribution import Attribution
 from cad.digests import parameter_digest
 from cad.edits import CADAmplify, CADErase, CADRescale, Edit, NoEdit
 from cad.errors import UserError
+from cad.models import base
 from cad.objectives import EraseObjective
 from cad.references import LatentFile
 from cad.score_store import ScoreStore
@@ -48,7 +51,8 @@ def test_contract(edit, request, tiny_model, parachute, tmp_path):
     assert made.provenance["model"] == tiny_model.provenance()
     assert made.provenance["concepts"][0]["name"] == "parachute"
     assert json.loads(json.dumps(made.provenance)) == made.provenance
-    assert made.cost.seconds > 0
+    assert (made.cost.seconds > 0) == (edit.name != "none")
+    assert made.cost.memory_kind == ("resident growth" if edit.name != "none" else "")
     assert not made.cost.cached
 
     made.save(tmp_path / "edit.safetensors")
@@ -84,6 +88,8 @@ def test_erase_zeroes_the_most_positive_and_rescale_strengthens_the_most_negativ
             assert change.num_weights <= len(scores[name]) * SELECTION.budget(scores[name].shape[1])
             assert chosen.max() == (sign * scores[name]).max()
     assert next(iter(rescaled.values())).factor == 3.0
+    whole = CADRescale(ATTRIBUTION, SELECTION, factor=3)(tiny_model, parachute)
+    assert whole.fingerprint == WeightEdit(rescaled, {}).fingerprint
 
 
 def test_a_sweep_over_ratios_costs_one_attribution(tiny_model, parachute, tmp_path, monkeypatch):
@@ -98,6 +104,47 @@ def test_a_sweep_over_ratios_costs_one_attribution(tiny_model, parachute, tmp_pa
     assert rescaled.cost.cached
     assert not first.cost.cached
     assert again.cost.seconds > 0.5 * first.cost.seconds  # the original cost, not the reading's
+
+
+def test_the_cost_is_the_edit_s_alone(tiny_model, parachute, tmp_path, monkeypatch):
+    """Neither hashing the model nor writing the scores counts."""
+    slow = 5.0  # seconds, as a patched clock sees them
+    clock = itertools.accumulate(itertools.repeat(1e-3))
+    passed = [0.0]
+    monkeypatch.setattr(instrument.time, "perf_counter", lambda: next(clock) + passed[0])
+
+    def slowly(function):
+        def slowed(*args, **kwargs):
+            passed[0] += slow
+            return function(*args, **kwargs)
+
+        return slowed
+
+    monkeypatch.setattr(base, "parameter_digest", slowly(base.parameter_digest))
+    monkeypatch.setattr(ScoreStore, "_write", slowly(ScoreStore._write))
+    monkeypatch.setattr(ScoreStore, "_read", slowly(ScoreStore._read))
+    for _ in range(2):
+        edit = CADErase(ATTRIBUTION, SELECTION, ScoreStore(tmp_path))(tiny_model, parachute)
+        assert 0 < edit.cost.seconds < slow
+    assert passed[0] >= 3 * slow
+
+
+def test_missing_references_are_noticed_before_the_work(tiny_model, church, tmp_path, monkeypatch):
+    monkeypatch.setattr(CADAmplify, "make", None)  # calling it would be an error
+    amplify = CADAmplify(ATTRIBUTION, SELECTION, LatentFile(tmp_path / "nowhere.safetensors"))
+    with pytest.raises(UserError, match=r"edit.references.path=.* is not there"):
+        amplify(tiny_model, church)
+
+
+def test_weighting_is_part_of_the_settings_and_of_the_scores(tiny_model, parachute):
+    model, epsilon = (
+        CADErase(ATTRIBUTION, SELECTION, weighting=weighting) for weighting in ("model", "epsilon")
+    )
+    assert model.settings([parachute]) != epsilon.settings([parachute])
+    rescale = CADRescale(ATTRIBUTION, SELECTION, 2.0, weighting="epsilon")
+    assert rescale.settings([parachute])["objectives"][0]["weighting"] == "epsilon"
+    with pytest.raises(UserError, match=r"edit.weighting='noise' is unknown"):
+        CADErase(ATTRIBUTION, SELECTION, weighting="noise")
 
 
 def test_impossible_ratios_are_refused_before_the_attribution(tiny_model, parachute, monkeypatch):

@@ -59,6 +59,20 @@ def test_predictions_correlate_on_a_network(tiny_model, parachute):
     assert parameter_digest(tiny_model.denoiser) == before
 
 
+def test_measured_effects_weigh_timesteps_as_the_scores_do(tiny_model, parachute):
+    """A change of 0.1 %: the first order is all there is, so prediction equals measurement."""
+    objective = EraseObjective(parachute, weighting="epsilon")
+    scores = SETTINGS.scores(tiny_model, objective)
+    indices = {name: torch.arange(score.numel()) for name, score in scores.items()}
+    changes = {name: Scale(flat, 1.001) for name, flat in indices.items()}
+    edit = WeightEdit(changes, {"model": tiny_model.provenance()})
+    recorded = RecordedObjective.record(tiny_model, objective, SETTINGS)
+    measured = measure_effect(tiny_model, recorded, edit)
+    assert predict_effect(scores, indices, 1.001) == pytest.approx(measured, rel=0.05)
+    plain = RecordedObjective.record(tiny_model, EraseObjective(parachute), SETTINGS)
+    assert recorded.unedited < 0.9 * plain.unedited
+
+
 def test_nothing_changes_without_an_edit(tiny_model, parachute):
     recorded = RecordedObjective.record(tiny_model, EraseObjective(parachute), SETTINGS)
     assert measure_effect(tiny_model, recorded, WeightEdit({}, {})) == 0.0
@@ -104,7 +118,7 @@ def test_pearson_r_refuses_what_has_none(x, y):
 
 @pytest.mark.parametrize(
     ("count", "share", "message"),
-    [(1, 0.1, "effects.count=1"), (3, 0.0, "effects.share=0.0"), (3, 1e-9, "less than one weight")],
+    [(1, 0.1, "effect.count=1"), (3, 0.0, "effect.share=0.0"), (3, 1e-9, "less than one weight")],
 )
 def test_settings_are_checked_before_work_is_spent(parachute, count, share, message):
     with pytest.raises(UserError, match=message):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import httpx
 import pytest
 from huggingface_hub import constants
 
 from cad.errors import UserError
 from cad.models import hub
-from cad.models.hub import Source
+from cad.models.hub import Source, missing_parts
 
 REPO, COMMIT = "someone/some-model", "0" * 40
 
@@ -69,14 +71,50 @@ def test_an_incomplete_snapshot_is_not_taken(no_hub, tiny_pipeline, monkeypatch,
     assert "vae missing" in caplog.text
 
 
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_parts_without_weights_are_downloaded(no_hub, tiny_pipeline, monkeypatch, part):
+    folder = lay_out(no_hub, tiny_pipeline)
+    for file in (folder / part).glob("*.safetensors"):
+        file.rename(file.with_suffix(".bin"))
+    assert missing_parts(folder) == [str(folder / part)]
+    monkeypatch.setattr(hub.httpx, "head", lambda *_args, **_options: None)
+    monkeypatch.setattr(hub, "snapshot_download", lambda *_args, **_options: "downloaded")
+    assert source().locate() == Path("downloaded")
+
+
+@pytest.mark.parametrize(
+    ("files", "variant", "whole"),
+    [
+        (["model.safetensors"], None, True),
+        (["model.safetensors"], "fp16", False),
+        (["model.fp16.safetensors"], None, False),
+        (["model.fp16.safetensors"], "fp16", True),
+        (["model-00001-of-00002.safetensors"], None, False),
+        (["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"], None, True),
+        (["model.fp16-00001-of-00001.safetensors"], "fp16", True),
+        (["model.safetensors", "model.fp16.safetensors"], "fp16", True),
+        (["config.json", "model.bin"], None, False),
+    ],
+)
+def test_weights_are_those_of_the_variant(tmp_path, files, variant, whole):
+    (tmp_path / "unet").mkdir()
+    for name in files:
+        (tmp_path / "unet" / name).touch()
+    (tmp_path / "model_index.json").write_text('{"unet": ["diffusers", "UNet2DConditionModel"]}')
+    assert (not missing_parts(tmp_path, variant)) == whole
+
+
 def test_offline_ends_in_one_paragraph(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError) as raised:
-        source(note="A mirror.").locate()
+        source(note="A mirror.", revision="abc").locate()
     message = str(raised.value)
     assert "\n" not in message
     for part in (REPO, "5.5 GB", "OpenRAIL", "HF_HUB_OFFLINE", "hf download", "A mirror.", "mini"):
         assert part in message
+    command = f"hf download {REPO} --revision abc --include model_index.json --include '*/*.json'"
+    assert command in message
+    assert "--include '*/*.safetensors' --exclude 'safety_checker/*'" in message
 
 
 def test_gated_weights_need_a_token():

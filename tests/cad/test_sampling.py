@@ -8,7 +8,7 @@ from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, P
 
 from cad.errors import UserError
 from cad.models.base import Conditioning
-from cad.sampling import Sampler, guide, initial_noise, make_generators, sample_latents
+from cad.sampling import Sampler, draw_noise, guide, make_generators, sample_latents
 
 PROMPTS = ["church", "a parachute"]
 
@@ -43,13 +43,39 @@ def test_an_image_depends_on_its_own_seed_and_prompt(tiny_model):
 
 
 def test_noise_is_the_seed_s_whatever_the_salt_and_dtype(tiny_model):
-    plain = initial_noise(tiny_model, [0, 1])
+    plain = draw_noise(tiny_model, make_generators([0, 1]))
     assert torch.equal(plain[1], torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(1)))
-    salted = initial_noise(tiny_model, [0, 1], salt="attribution")
+    salted = draw_noise(tiny_model, make_generators([0, 1], salt="attribution"))
     assert not torch.equal(plain, salted)
-    assert torch.equal(salted[1:], initial_noise(tiny_model, [1], salt="attribution"))
+    assert torch.equal(salted[1:], draw_noise(tiny_model, make_generators([1], salt="attribution")))
     tiny_model.denoiser.half()
-    assert torch.equal(initial_noise(tiny_model, [0, 1]), plain.half())
+    assert torch.equal(draw_noise(tiny_model, make_generators([0, 1])), plain.half())
+
+
+def test_eta_noise_is_the_same_in_every_dtype(tiny_model):
+    sampler = tiny_model.sampler(2, "ddim", eta=1.0)
+    t, steps = sampler.timesteps[0], {}
+    for dtype in (torch.float32, torch.bfloat16):
+        generators = make_generators([0, 1])
+        zeros = torch.zeros(2, 4, 8, 8, dtype=dtype)
+        steps[dtype] = tiny_model.sampler(2, "ddim", eta=1.0).step(zeros, t, zeros, generators)
+        assert steps[dtype].dtype == dtype
+    torch.testing.assert_close(
+        steps[torch.bfloat16].float(), steps[torch.float32], rtol=0.02, atol=1e-3
+    )
+    own = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(1))
+    ratio = steps[torch.float32][1] / own  # all there is in a step from 0 is sigma times the noise
+    torch.testing.assert_close(ratio, ratio.mean().expand_as(ratio))
+
+
+def test_eta_none_is_what_the_sampler_can(tiny_model):
+    zeros = torch.zeros(1, 4, 8, 8)
+    ddim = [tiny_model.sampler(2, "ddim", eta) for eta in (None, 1.0)]
+    steps = [each.step(zeros, each.timesteps[0], zeros, make_generators([0])) for each in ddim]
+    assert torch.equal(steps[0], steps[1])
+    assert steps[0].any()
+    pndm = Sampler(PNDMScheduler(skip_prk_steps=True), 2, torch.device("cpu"), eta=None)
+    assert torch.isfinite(pndm.step(zeros, pndm.timesteps[0], zeros, None)).all()
 
 
 def test_guidance():
@@ -84,6 +110,9 @@ def test_settings_out_of_range_are_refused(tiny_model):
         tiny_model.sampler(2, kind="heun")
     with pytest.raises(UserError, match="PNDMScheduler has no eta"):
         Sampler(PNDMScheduler(), 2, torch.device("cpu"), eta=0.5)
+    tiny_model.sampler(999)
+    with pytest.raises(UserError, match=r"steps=1000 .* start at timestep 1000, .* 0 to 999"):
+        tiny_model.sampler(1000)  # leading spacing, offset 1
     sampler = tiny_model.sampler(2, eta=1.0)
     with pytest.raises(ValueError, match="one generator per image"):
         sampler.step(torch.zeros(1), sampler.timesteps[0], torch.zeros(1), None)

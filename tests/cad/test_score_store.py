@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from dataclasses import replace
 
@@ -9,8 +10,10 @@ import pytest
 import torch
 from linear_toy import LinearObjective, LinearToyModel
 
+from cad import score_store
 from cad.attribution import Attribution
 from cad.objectives import EraseObjective
+from cad.runtime import describe_runtime
 from cad.score_store import ScoreStore
 
 SETTINGS = Attribution(steps=2, samples=1)
@@ -59,11 +62,15 @@ def test_the_key_holds_all_that_matters(store, tiny_model, parachute, church):
         return store.path(model, EraseObjective(concept), replace(SETTINGS, **settings))
 
     other = LinearToyModel()
+    larger = copy.copy(tiny_model)
+    larger.resolution, larger.latent_shape = 128, (4, 16, 16)
     paths = [
         path(),
         path(concept=church),
         path(concept=replace(parachute, base_prompt="a photo")),
         path(model=other),
+        path(model=larger),
+        store.path(tiny_model, EraseObjective(parachute, weighting="epsilon"), SETTINGS),
         path(seed=1),
         path(steps=3),
         path(component="attn1"),
@@ -71,3 +78,12 @@ def test_the_key_holds_all_that_matters(store, tiny_model, parachute, church):
     ]
     assert len(set(paths)) == len(paths)
     assert path(concept=replace(parachute, name="chute")) == path()  # the prompts are what counts
+
+
+@pytest.mark.parametrize("changed", [{"device": "cuda"}, {"versions": {"torch": "0"}}])
+def test_the_key_holds_device_and_libraries(store, parachute, monkeypatch, changed):
+    objective = LinearObjective(parachute)
+    before = store.path(LinearToyModel(), objective, SETTINGS)
+    there = describe_runtime(torch.device("cpu")) | changed
+    monkeypatch.setattr(score_store, "describe_runtime", lambda device: there)
+    assert store.path(LinearToyModel(), objective, SETTINGS) != before

@@ -75,6 +75,10 @@ def test_generated_references(tiny_model, church):
     latents = references.latents(tiny_model, church)
     assert latents.shape == (2, *tiny_model.latent_shape)
     assert references.describe(church)["prompt"] == "church"
+    other = GeneratedImages(count=2, steps=1, seed=1).latents(tiny_model, church)
+    assert not any(torch.equal(mine, theirs) for mine in latents for theirs in other)
+    with pytest.raises(UserError, match="allowed: default, ddim"):
+        GeneratedImages(count=2, steps=1, kind="heun").latents(tiny_model, church)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -114,8 +118,12 @@ def test_the_instrument_sees_time_and_memory():
     assert 0.06 <= meter.cost.seconds < 5
     assert meter.cost.peak_memory_mb > 40
     assert not meter.cost.cached
+    assert meter.cost.memory_kind == "resident growth"
 
 
 def test_costs_add_up():
     assert Cost(1.0, 5.0, cached=True) + Cost(2.0, 3.0) == Cost(3.0, 5.0, cached=True)
     assert Cost() + Cost(2.0, 3.0) == Cost(2.0, 3.0)
+    small, large = Cost(1.0, 0.0, memory_kind="resident growth"), Cost(1.0, 9.0, memory_kind="x")
+    assert (small + large).memory_kind == (large + small).memory_kind == "x"
+    assert (Cost() + small).memory_kind == "resident growth"

@@ -56,6 +56,45 @@ def test_provenance_tells_the_surroundings_apart(tiny_model):
     assert after["fingerprint"] == before["fingerprint"]
 
 
+def test_provenance_holds_what_changes_no_weight(tiny_model):
+    def pipeline():
+        tiny_model.forget_digests()
+        return tiny_model.provenance()["pipeline"]
+
+    digests = [pipeline()]
+    tiny_model.encode_prompts(["church"])  # leaves padding set in the tokenizer
+    assert pipeline() == digests[0]
+    tiny_model.denoiser.register_to_config(attention_head_dim=8)
+    digests.append(pipeline())
+    tiny_model.text_encoder.config.num_attention_heads = 4
+    digests.append(pipeline())
+    tiny_model.tokenizer.pad_token = "a</w>"
+    digests.append(pipeline())
+    vocabulary = tiny_model.tokenizer.get_vocab()
+    merges = [("a", "b</w>")]
+    del vocabulary["9</w>"]
+    for each in (merges, []):
+        tiny_model.tokenizer = CLIPTokenizer(vocab=vocabulary | {"ab</w>": 73}, merges=each)
+        digests.append(pipeline())
+    assert len(set(digests)) == 6
+    resolution = tiny_model.provenance()
+    assert (resolution["resolution"], resolution["latent_shape"]) == (64, [4, 8, 8])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_forward_process_is_computed_in_float32(tiny_model, dtype):
+    x_0, noise = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for t in (torch.tensor(3), torch.tensor(990)):
+        for method in (tiny_model.add_noise, tiny_model.target):
+            exact = method(x_0.float(), noise.float(), t)
+            assert torch.equal(method(x_0, noise, t), exact.to(dtype))
+
+
+def test_prompts_are_checked_without_encoding(tiny_model, monkeypatch):
+    monkeypatch.setattr(tiny_model.text_encoder, "forward", None)  # calling it would be an error
+    tiny_model.check_prompts(["", "church"])
+
+
 def test_a_missing_tokenizer_is_noticed(folder):
     almost_empty = CLIPTokenizer(vocab={"<|startoftext|>": 0, "<|endoftext|>": 1}, merges=[])
     almost_empty.save_pretrained(folder / "tokenizer")
@@ -98,8 +137,11 @@ def test_text_is_encoded_as_by_the_pipeline(tiny_pipeline, tiny_model):
 def test_prompts_that_do_not_fit_are_refused_or_truncated(tiny_model):
     fits, too_long = "a" * (MAX_TOKENS - 2), "a" * (MAX_TOKENS - 1)
     tiny_model.encode_prompts([fits])
-    with pytest.raises(UserError, match=rf"'{too_long}' has {MAX_TOKENS + 1} tokens.*{MAX_TOKENS}"):
-        tiny_model.encode_prompts([fits, too_long])
+    for check in (tiny_model.check_prompts, tiny_model.encode_prompts):
+        with pytest.raises(
+            UserError, match=rf"'{too_long}' has {MAX_TOKENS + 1} tok.*{MAX_TOKENS}"
+        ):
+            check([fits, too_long])
     assert len(tiny_model.encode_prompts([fits, too_long], truncate=True)) == 2
 
 
@@ -118,14 +160,33 @@ def test_targets_recover_the_clean_latent(prediction_type):
     torch.testing.assert_close(recovered, x_0, rtol=1e-4, atol=1e-4)
 
 
-def test_v_and_epsilon_differ_by_alpha_at_one_state(tiny_model):
-    """eps = alpha v + sigma x_t, so eps_c - eps_b = alpha (v_c - v_b): the docstring's claim."""
-    x_0, noise = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    t = torch.tensor(500)
+@pytest.mark.parametrize("t", [1, 500, 999])
+def test_epsilon_weight_turns_differences_of_v_into_differences_of_noise(tiny_model, t):
+    """At one x_t, eps_c - eps_b = alpha (v_c - v_b): the docstring's claim."""
+    x_0, other, noise = torch.randn(3, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor(t)
     alpha = tiny_model._ddim.alphas_cumprod[t].sqrt()
     sigma = (1 - alpha**2).sqrt()
-    x_t, v = tiny_model.add_noise(x_0, noise, t), tiny_model.target(x_0, noise, t)
-    torch.testing.assert_close(alpha * v + sigma * x_t, noise, rtol=1e-4, atol=1e-4)
+    x_t = alpha * x_0 + sigma * noise
+    torch.testing.assert_close(tiny_model.add_noise(x_0, noise, t), x_t)
+    noise_of_other = (x_t - alpha * other) / sigma
+    v_c, v_b = tiny_model.target(x_0, noise, t), tiny_model.target(other, noise_of_other, t)
+    torch.testing.assert_close(
+        tiny_model.epsilon_weight(t) ** 0.5 * (v_c - v_b),
+        noise - noise_of_other,
+        rtol=1e-3,
+        atol=1e-3,
+    )
+
+
+def test_epsilon_weight_of_other_parameterisations():
+    model = StableDiffusionModel("tiny", build_pipeline("epsilon"), RESOLUTION)
+    assert model.epsilon_weight(torch.tensor(500)) == 1.0
+    toy = LinearToyModel()
+    assert toy.epsilon_weight(torch.tensor(0)) == 1.0
+    toy.prediction_type = "flow"
+    with pytest.raises(UserError, match=r"edit.weighting=epsilon is not allowed for model=toy"):
+        toy.epsilon_weight(torch.tensor(0))
 
 
 def test_images_to_latents_and_back(tiny_model):

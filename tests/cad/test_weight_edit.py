@@ -177,6 +177,29 @@ def test_unknown_weights_and_origins_are_refused(tiny_model, names):
         WeightEdit({names[0]: zero}, {}).apply_permanently(tiny_model)
 
 
+@pytest.mark.parametrize(
+    "header",
+    [
+        "{",
+        "[]",
+        '{"format": "cad-weight-edit/1"}',
+        '{"format": "cad-weight-edit/1", "fingerprint": "", "changes": {}, "provenance": {}}',
+        '{"format": "cad-weight-edit/1", "fingerprint": "", "changes": {"w": ["zero"]}, '
+        '"provenance": {}}',
+        '{"format": "cad-weight-edit/1", "fingerprint": "", "changes": {"w": ["zero", null]}, '
+        '"provenance": {}}',
+        '{"format": "cad-weight-edit/1", "fingerprint": "", "changes": {"w": ["replace", null]}, '
+        '"provenance": 3}',
+    ],
+)
+def test_damaged_headers_are_refused(tmp_path, header):
+    from safetensors.torch import save_file
+
+    save_file({"w": torch.zeros(1)}, tmp_path / "edit.safetensors", {"cad": header})
+    with pytest.raises(UserError, match=r"damaged|not an edit"):
+        WeightEdit.load(tmp_path / "edit.safetensors")
+
+
 def test_files_that_are_no_edits_are_refused(tmp_path, edit):
     from safetensors.torch import save_file
 
@@ -188,6 +211,9 @@ def test_files_that_are_no_edits_are_refused(tmp_path, edit):
     save_file({"w": torch.zeros(1)}, tmp_path / "foreign.safetensors")
     with pytest.raises(UserError, match="not an edit of this package"):
         WeightEdit.load(tmp_path / "foreign.safetensors")
+    (tmp_path / "cut.safetensors").touch()
+    with pytest.raises(UserError, match="damaged"):
+        WeightEdit.load(tmp_path / "cut.safetensors")
     edit.save(tmp_path / "flipped.safetensors")
     content = bytearray((tmp_path / "flipped.safetensors").read_bytes())
     content[-1] ^= 1

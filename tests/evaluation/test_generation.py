@@ -17,9 +17,11 @@ from diffusers import StableDiffusionPipeline
 from killed_worker import PROMPTS, SETTINGS
 from toy_model import NO_CHANGE, ToyModel, knock_out
 
+from cad import runtime
 from cad.errors import UserError
 from cad.models.base import DiffusionModel
 from cad.models.stable_diffusion import StableDiffusionModel
+from cad.weight_edit import Replace, WeightEdit
 from evaluation import generation, image_writer
 from evaluation.generation import (
     SamplerSettings,
@@ -252,6 +254,8 @@ def test_the_key_changes_with_everything_that_matters(model: ToyModel) -> None:
         edit = knock_out(model, edited) if edited else NO_CHANGE
         return set_key(describe_set(model, edit, prompts, settings))
 
+    larger = ToyModel()
+    larger.resolution = 32
     other_scheduler = ToyModel()
     other_scheduler.scheduler_config = {"num_train_timesteps": 50}
     first = PROMPTS[0]
@@ -259,6 +263,7 @@ def test_the_key_changes_with_everything_that_matters(model: ToyModel) -> None:
         key(),
         key(model=ToyModel(seed=1)),
         key(model=other_scheduler),
+        key(model=larger),
         key(edited=4),
         key(edited=5),
         key(prompts=PROMPTS[:-1]),
@@ -279,7 +284,10 @@ def test_the_key_changes_with_library_versions(
     model: ToyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = set_key(describe_set(model, NO_CHANGE, PROMPTS, SETTINGS))
-    monkeypatch.setattr(generation, "version", lambda name: "0")
+    monkeypatch.setattr(runtime, "version", lambda name: "0")
+    assert set_key(describe_set(model, NO_CHANGE, PROMPTS, SETTINGS)) != before
+    monkeypatch.undo()
+    monkeypatch.setattr(generation, "VERSION", 0)
     assert set_key(describe_set(model, NO_CHANGE, PROMPTS, SETTINGS)) != before
 
 
@@ -288,11 +296,38 @@ def test_partition() -> None:
     assert partition(3, 3) == [range(3)]
 
 
-def test_pixels_are_rounded_clamped_and_finite(caplog: pytest.LogCaptureFixture) -> None:
+def test_pixels_are_rounded_clamped_and_finite() -> None:
     values = torch.tensor([0.0, 0.5, 1.0, 1.2, -0.1, float("nan")]).view(2, 3, 1, 1)
-    pixels = _to_pixels(values)
+    pixels, finite = _to_pixels(values)
     assert pixels.reshape(-1).tolist() == [0, 128, 255, 255, 0, 0]
-    assert "1 images have values that are not finite" in caplog.text
+    assert finite.tolist() == [True, False]
+
+
+def test_images_that_an_edit_broke_are_counted(
+    model: ToyModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    values = torch.full((16, 8), float("nan"))
+    edit = WeightEdit({"text.weight": Replace(values)}, {"model": model.provenance()})
+    for _ in range(2):  # made, then found
+        images = generate(model, edit, PROMPTS, SETTINGS, tmp_path)
+        assert images.broken() == len(PROMPTS)
+        assert "22 of 22 images have values that are not finite" in caplog.text
+        caplog.clear()
+    assert '"finite": false' in (images.folder / "records.jsonl").read_text()
+    assert generate(model, knock_out(model), PROMPTS, SETTINGS, tmp_path).broken() == 0
+
+
+def test_an_unedited_model_that_overflows_is_refused(model: ToyModel, tmp_path: Path) -> None:
+    model.denoiser.text.weight.data.fill_(float("inf"))
+    with pytest.raises(UserError, match=r"4 images of the unedited model=toy .* dtype=float32"):
+        generate(model, NO_CHANGE, PROMPTS, SETTINGS, tmp_path)
+
+
+def test_prompts_are_checked_before_anything_is_made(model: ToyModel, tmp_path: Path) -> None:
+    prompts = [*PROMPTS, Prompt("a" * 101, 0, "church")]
+    with pytest.raises(UserError, match="too long"):
+        generate(model, NO_CHANGE, prompts, SETTINGS, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
+from cad.errors import UserError
 from cad.models.base import Conditioning, DiffusionModel, Origin
 from cad.sampling import Sampler
 from cad.weight_edit import WeightEdit, Zero
@@ -45,6 +46,11 @@ class ToyModel(DiffusionModel):
     def surroundings_digest(self) -> str:
         return hashlib.sha256(str(self.scheduler_config).encode()).hexdigest()
 
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        for prompt in prompts:
+            if len(prompt) > 100:
+                raise UserError(f"the prompt {prompt!r} is too long")
+
     def encode_prompts(self, prompts: Sequence[str], *, truncate: bool = False) -> Conditioning:
         self.encoded.update(prompts)
         rows = []
@@ -64,7 +70,7 @@ class ToyModel(DiffusionModel):
         noised: Tensor = DDIMScheduler(**self.scheduler_config).add_noise(x_0, noise, t)
         return noised
 
-    def sampler(self, steps: int, kind: str = "default", eta: float = 0.0) -> Sampler:
+    def sampler(self, steps: int, kind: str = "default", eta: float | None = 0.0) -> Sampler:
         return Sampler(DDIMScheduler(**self.scheduler_config), steps, self.device, eta)
 
     def encode_images(self, images: Tensor) -> Tensor:

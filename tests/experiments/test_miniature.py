@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -72,7 +73,12 @@ def test_styles_are_pictures_deterministic_and_independent_of_the_batch(style: s
     torch.testing.assert_close(drawn[1:2], STYLE_FUNCTIONS[style](pixels[1:2]))
 
 
-def test_styles_of_config_are_those_that_are_drawn() -> None:
+def test_what_is_drawn_is_what_is_asked_for() -> None:
+    conf = REPOSITORY / "conf"
+    objects = OmegaConf.load(conf / "prompts" / "objects.yaml").subjects
+    assert {**objects, "face": "face"} == SUBJECTS
+    assert OmegaConf.load(conf / "prompts" / "styles.yaml").styles == STYLES
+    assert OmegaConf.load(conf / "model" / "mini.yaml").concepts == [*SUBJECTS, *STYLES]
     assert list(STYLE_FUNCTIONS) == list(STYLES)
 
 
@@ -198,7 +204,7 @@ def test_all_stages_end_in_a_pipeline_that_loads(parquet: Path, tmp_path: Path) 
     run_stages(config)
     out = tmp_path / "out"
     pipeline = StableDiffusionPipeline.from_pretrained(
-        out / "pipeline", safety_checker=None, feature_extractor=None
+        out / "pipeline", safety_checker=None, feature_extractor=None, dtype=torch.float32
     )
     pipeline.set_progress_bar_config(disable=True)
     image = pipeline("an image of a church", num_inference_steps=2).images[0]
@@ -207,10 +213,13 @@ def test_all_stages_end_in_a_pipeline_that_loads(parquet: Path, tmp_path: Path) 
     assert ClipFolder(out / "clip", "cpu").embed_texts(["a photo"]).shape == (1, 128)
     latents = load_file(out / "references.safetensors")
     assert set(latents) == set(SUBJECTS)
-    assert json.loads((out / "training.json").read_text())["denoiser"]["steps"] == 2
+    training = json.loads((out / "training.json").read_text())
+    assert training["denoiser"]["settings"]["schedule"]["steps"] == 2
 
 
-def test_finished_stages_are_not_repeated(parquet: Path, tmp_path: Path) -> None:
-    workshop = Workshop(tmp_path, str(parquet), tmp_path, seed=0, device="cpu")
-    workshop.report("classifier", steps=1)
-    assert workshop.reported() == {"classifier": {"steps": 1}}
+def test_a_stage_is_done_only_with_the_settings_it_was_done_with(tmp_path: Path) -> None:
+    workshop = Workshop(tmp_path, None, tmp_path, seed=0, device="cpu")
+    assert not workshop.is_done("classifier", {"steps": 1})
+    workshop.report("classifier", {"steps": 1}, {"validation_accuracy": 0.9})
+    assert workshop.is_done("classifier", {"steps": 1})
+    assert not workshop.is_done("classifier", {"steps": 2})
