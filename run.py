@@ -9,16 +9,14 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from cad.errors import UserError
 from experiments.config import check, register_resolvers, settle
+from experiments.mistakes import SHOWN, find_mistake
 from experiments.rendering import show_result
 from experiments.results import ResultFolder
-from experiments.sweep import note_result
+from experiments.sweep import finish_sweep, note_failure, note_result
 
 # Read when libraries are imported, which comes later; the last lets errors through to `command`.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -26,33 +24,59 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")
 register_resolvers()
 
+MISTAKE = 2  # exit status
+logger = logging.getLogger(__name__)
+failed_jobs: list[Path] = []  # folders of this process's jobs that ended with a mistake
+
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> None:
-    """Run one experiment unless it is finished, show it, and mirror it to the logger."""
+    """One job. A user's mistake is told and noted here, so that a sweep goes on with the others."""
+    job_folder = Path(HydraConfig.get().runtime.output_dir)
+    try:
+        note_result(job_folder, run(cfg))
+    except SHOWN as error:
+        message = find_mistake(error)
+        if message is None:
+            raise
+        logger.error("%s", message)
+        note_failure(job_folder, message)
+        failed_jobs.append(job_folder)
+
+
+def run(cfg: DictConfig) -> Path:
+    """Run one experiment unless it is finished, mirror it to the logger, show it.
+
+    Returns the result's folder. Waits for another process that runs the same experiment.
+    """
     check(cfg)
     cfg = settle(cfg)
     tracker = hydra.utils.instantiate(cfg.logger)
     folder = ResultFolder.of(cfg)
-    reused = folder.is_complete()
-    with logging_redirect_tqdm():
+    with folder.locked(), logging_redirect_tqdm():
+        reused = folder.is_complete()
         if not reused:
             from experiments.experiment import run_experiment  # slow to import
 
             run_experiment(cfg, folder)
         tracker.log(folder.final)
-    note_result(Path(HydraConfig.get().runtime.output_dir), folder.final)
     show_result(folder.final, reused=reused)
+    return folder.final
 
 
 def command() -> int:
-    """Exit status: 0, or 2 after one message for what the user can mend."""
+    """Exit status: 0, or 2 after a message for each thing that the user can mend."""
     try:
         main()
-    except (UserError, HydraException, OmegaConfBaseException) as error:
-        logging.getLogger(__name__).error("%s", error)
-        return 2
-    return 0
+    except SHOWN as error:  # from composing the configuration, before any job
+        message = find_mistake(error)
+        if message is None:
+            raise
+        logger.error("%s", message)
+        return MISTAKE
+    finally:
+        finish_sweep()
+    return MISTAKE if failed_jobs else 0
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
 """From a composed configuration to one experiment: defaults, checks, identity.
 
-Light on purpose: PyTorch is imported by `settle` alone, so `run.py --help` answers at once.
+Light on purpose: PyTorch comes with the functions that are called for a job, so `run.py --help`
+answers at once.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +20,27 @@ from cad.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Raise it when the same configuration means another result, so that old folders are not reused.
-RESULT_VERSION = 1
+RESULT_VERSION = 2
 HASH_LENGTH = 12  # hexadecimal digits
-COMPONENTS = ("ff", "attn1", "attn2", "residual")
-SELECTIONS = ("row", "layer")
-DTYPES = ("auto", "float32", "float16", "bfloat16")
 DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
-CONTENT_KEYS = ("path", "folder")  # a local path stands for what lies there
-# What changes no result, or (device, dtype) stands in the identity once, as it was resolved.
-LEFT_OUT = ("store", "device", "dtype", "size_gb", "licence", "gated", "note")
+# Places in the identity; * is any one key. Whatever is not named here counts as it is written.
+BY_CONTENT = (  # a local path stands for what lies there
+    "model.adapter.source.path",
+    "edit.references.path",
+    "evaluator.*.folder",
+    "evaluator.*.classifier.folder",
+)
+LEFT_OUT = (  # changes no result, or (device, dtype) is in the identity once, as it was resolved
+    "model.adapter.device",
+    "model.adapter.dtype",
+    "model.adapter.source.size_gb",
+    "model.adapter.source.licence",
+    "model.adapter.source.gated",
+    "model.adapter.source.note",
+    "edit.store",
+    "evaluator.*.device",
+    "evaluator.*.classifier.device",
+)
 
 
 def register_resolvers() -> None:
@@ -56,20 +71,38 @@ def default_ratio(ratios: DictConfig, edit: str, concept: DictConfig) -> float |
 def check(cfg: DictConfig) -> None:
     """Raise UserError for the first value that cannot work, before anything is loaded."""
     _check_adapter(cfg)
+    _check_prompts(cfg)
     _check_concept(cfg)
     _check_ratio(cfg)
-    _check_choice("component", cfg.component, COMPONENTS)
-    _check_choice("ratio.per", cfg.ratio.per, SELECTIONS)
-    _check_choice("dtype", cfg.dtype, DTYPES)
-    if not DEVICE.fullmatch(str(cfg.device)):
-        raise UserError(f"device={cfg.device} is unknown; allowed: auto, cpu, cuda, cuda:N")
+    _check_choices(cfg)
     _check_count("seed", cfg.seed, 0)
     _check_count("images_per_class", cfg.images_per_class, 1)
+    _check_count("model.sampler.steps", cfg.model.sampler.steps, 1)
+    _check_count("model.sampler.batch_size", cfg.model.sampler.batch_size, 1)
+    guidance = cfg.model.sampler.guidance
+    if not isinstance(guidance, int | float) or not math.isfinite(guidance):
+        raise UserError(f"model.sampler.guidance={guidance} is not allowed: it is a finite number")
+    if cfg.limit is not None:
+        _check_count("limit", cfg.limit, 1)
+    _check_effect(cfg)
+
+
+def _check_choices(cfg: DictConfig) -> None:
+    from cad.components import UNET_COMPONENTS
+    from cad.models.base import DTYPES
+    from cad.selection import PER
+
+    _check_choice("component", cfg.component, UNET_COMPONENTS)
+    _check_choice("ratio.per", cfg.ratio.per, PER)
+    _check_choice("dtype", cfg.dtype, ("auto", *DTYPES))
+    if not DEVICE.fullmatch(str(cfg.device)):
+        raise UserError(f"device={cfg.device} is unknown; allowed: auto, cpu, cuda, cuda:N")
+
+
+def _check_effect(cfg: DictConfig) -> None:
     _check_count("effect.count", cfg.effect.count, 0)
     if cfg.effect.count == 1:
         raise UserError("effect.count=1: a correlation needs at least 2 ablations; 0 means none")
-    if cfg.limit is not None:
-        _check_count("limit", cfg.limit, 1)
     _check_fraction("effect.share", cfg.effect.share)
     if cfg.effect.share == 1:
         raise UserError("effect.share=1 leaves nothing to choose; it lies above 0 and below 1")
@@ -97,11 +130,19 @@ def settle(cfg: DictConfig) -> DictConfig:
 def identity(cfg: DictConfig) -> dict[str, Any]:
     """Everything that determines the result of a settled configuration, as plain JSON data.
 
-    The chosen prompts, evaluators, edit and model are in, with their defaults resolved; where
+    The chosen prompts, evaluators, edit and model are in, with their defaults resolved, and the
+    kind of device and the versions of code and libraries that scores and images depend on; where
     results lie and who logs them is not. A local path is replaced by the SHA-256 of its content.
     """
+    import torch
+
+    from cad import score_store
+    from cad.runtime import describe_runtime
+    from evaluation import generation
+
+    versions = {"images": generation.VERSION, "scores": score_store.VERSION}
     chosen = {
-        "version": RESULT_VERSION,
+        "version": {"result": RESULT_VERSION, **versions},
         "model": {"adapter": plain(cfg.model.adapter), "sampler": plain(cfg.model.sampler)},
         "concept": plain(cfg.concept),
         "edit": plain(cfg.edit),
@@ -110,8 +151,10 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
         "seed": cfg.seed,
         "limit": cfg.limit,
         "effect": plain(cfg.effect),
+        "dtype": cfg.dtype,
+        "runtime": describe_runtime(torch.device(cfg.device)),
     }
-    return {**_by_content(chosen), "device": cfg.device, "dtype": cfg.dtype}
+    return {key: _essence(value, (key,)) for key, value in chosen.items()}
 
 
 def short_hash(value: Any) -> str:
@@ -141,19 +184,28 @@ def plain(node: Any) -> Any:
     return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
 
 
-def _by_content(value: Any) -> Any:
-    """`value` without cache locations, its local paths replaced by digests of their content."""
+def _essence(value: Any, place: tuple[str, ...]) -> Any:
+    """`value` without what lies at LEFT_OUT, and with digests for the paths at BY_CONTENT."""
+    if isinstance(value, dict):
+        kept = {key: (item, (*place, str(key))) for key, item in value.items()}
+        return {
+            key: _essence(item, inside)
+            for key, (item, inside) in kept.items()
+            if not _is_at(inside, LEFT_OUT)
+        }
     if isinstance(value, list):
-        return [_by_content(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    kept = {key: item for key, item in value.items() if key not in LEFT_OUT}
-    return {
-        key: content_digest(Path(item))
-        if key in CONTENT_KEYS and isinstance(item, str)
-        else _by_content(item)
-        for key, item in kept.items()
-    }
+        return [_essence(item, (*place, str(index))) for index, item in enumerate(value)]
+    if isinstance(value, str) and _is_at(place, BY_CONTENT):
+        return content_digest(Path(value))
+    return value
+
+
+def _is_at(place: tuple[str, ...], patterns: Iterable[str]) -> bool:
+    return any(
+        len(keys) == len(place)
+        and all(key in ("*", at) for key, at in zip(keys, place, strict=True))
+        for keys in (pattern.split(".") for pattern in patterns)
+    )
 
 
 def _check_adapter(cfg: DictConfig) -> None:
@@ -169,6 +221,18 @@ def _check_adapter(cfg: DictConfig) -> None:
     )
 
 
+def _check_prompts(cfg: DictConfig) -> None:
+    if cfg.prompts is None or "_target_" in cfg.prompts:
+        return
+    given = ", ".join(str(key) for key in cfg.prompts)
+    key = "styles" if cfg.concept.kind == "style" else "subjects"
+    raise UserError(
+        f"prompts has {given} alone, which is no prompt set: the default prompts belong to the "
+        "model and cannot be added to. Name the set and add to that, for example "
+        f"{_adding(cfg.concept, key)}"
+    )
+
+
 def _check_concept(cfg: DictConfig) -> None:
     known = cfg.model.concepts
     if known is not None and cfg.concept.name not in known:
@@ -181,8 +245,14 @@ def _check_concept(cfg: DictConfig) -> None:
         raise UserError(
             f"concept={cfg.concept.name} has no images in the chosen prompts, whose groups are: "
             f"{', '.join(groups)}. Choose a concept among them, other prompts (prompts=NAME), or "
-            f'add it: +prompts.subjects.{cfg.concept.name}="{cfg.concept.text}"'
+            f"add it: {_adding(cfg.concept, 'styles' if 'styles' in cfg.prompts else 'subjects')}"
         )
+
+
+def _adding(concept: DictConfig, key: str) -> str:
+    """What to type so that the concept is among the prompts: the set by its name, and the entry."""
+    prompt_set = "styles" if key == "styles" else "objects"
+    return f"prompts={prompt_set} '+prompts.{key}.{concept.name}={concept.text}'"
 
 
 def concept_groups(cfg: DictConfig) -> list[str]:
@@ -219,6 +289,6 @@ def _check_count(key: str, value: Any, least: int) -> None:
         raise UserError(f"{key}={value} is not allowed: it is a whole number, at least {least}")
 
 
-def _check_choice(key: str, value: Any, allowed: tuple[str, ...]) -> None:
+def _check_choice(key: str, value: Any, allowed: Collection[str]) -> None:
     if value not in allowed:
         raise UserError(f"{key}={value} is not allowed; choose one of {', '.join(allowed)}")

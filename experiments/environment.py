@@ -25,7 +25,10 @@ LIBRARIES = (
 
 
 def describe_environment(device: str) -> dict[str, Any]:
-    """The machine and the code of this run, as JSON data; changes from run to run."""
+    """The machine and the code as they are now, as JSON data: "finished" is the time of the call.
+
+    `device` is resolved: "cpu", "cuda" or "cuda:N". Calls git, for the commit.
+    """
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor()
     return {
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -1,11 +1,13 @@
 """One experiment: edit a model, generate with and without the edit, measure, write it down.
 
-The way through it is `run_experiment`, top to bottom. What is finished is never done again: the
-edit, every image, the attribution scores each have a place of their own on disk.
+The way through it is `run_experiment`, top to bottom. The edit, every image and the attribution
+scores have places of their own on disk and are made once, whatever interrupts the run; measuring
+and writing down are done again.
 """
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -24,8 +26,9 @@ from evaluation.files import write_atomically
 from evaluation.generation import SamplerSettings, generate
 from evaluation.image_sets import ImageSet
 from evaluation.prompts import Prompt, build_prompts
+from experiments.aggregation import aggregate
 from experiments.config import plain
-from experiments.effect import correlate_effects
+from experiments.effect import check_effects, correlate_effects
 from experiments.environment import describe_environment
 from experiments.pictures import before_after
 from experiments.rendering import result_table, title, to_markdown
@@ -45,21 +48,22 @@ class Parts:
     concept: Concept
     method: Edit
     prompts: list[Prompt]
-    evaluators: list[Evaluator]
     settings: SamplerSettings
 
 
 def run_experiment(cfg: DictConfig, folder: ResultFolder) -> Path:
     """Run a checked and settled configuration into its folder, which is returned.
 
-    Goes on where an earlier attempt stopped. Raises UserError for what is missing or misfits.
+    Goes on where an earlier attempt stopped; call it while `folder` is locked. Raises UserError for
+    what is missing or misfits.
     """
     parts = build_parts(cfg)
+    check_parts(cfg, parts)
     work = folder.open()
     edit = make_edit(work, parts)
     effect = report_effects(work, cfg, parts)
     before, after = make_images(parts, edit, Path(cfg.paths.images))
-    records, rows = evaluate(parts, before, after)
+    records, rows = evaluate(build_evaluators(cfg), parts.concept.name, before, after)
     summary = {
         "config_hash": folder.digest,
         "model": {"name": cfg.model.name, **parts.model.provenance()},
@@ -67,8 +71,8 @@ def run_experiment(cfg: DictConfig, folder: ResultFolder) -> Path:
         "edit": _describe_edit(cfg, edit),
         "seed": cfg.seed,
         "sampler": asdict(parts.settings),
-        "others": len({prompt.group for prompt in parts.prompts} - {cfg.concept.name}),
         "effect": effect,
+        "images": _describe_images(before, after),
         "metrics": rows,
     }
     write_lines(work / "records.jsonl", records)
@@ -82,7 +86,7 @@ def build_parts(cfg: DictConfig) -> Parts:
     quiet_libraries()
     model: DiffusionModel = hydra.utils.instantiate(cfg.model.adapter, _convert_="all")
     concept: Concept = hydra.utils.instantiate(cfg.concept)
-    prompts, evaluators = [], []
+    prompts = []
     if cfg.prompts is None or not cfg.evaluator:
         logger.warning(
             "model=%s has no prompts or no evaluator for %s concepts yet: the edit is made and "
@@ -93,10 +97,6 @@ def build_parts(cfg: DictConfig) -> Parts:
     else:
         prompt_set = hydra.utils.instantiate(cfg.prompts, _convert_="all")
         prompts = take_in_turn(build_prompts(prompt_set), concept.name, cfg.limit)
-        nodes = [node for node in cfg.evaluator.values() if node is not None]
-        evaluators = [hydra.utils.instantiate(node, _convert_="all") for node in nodes]
-    for evaluator in evaluators:
-        evaluator.check(prompts)
     # The name is how the configuration calls the method; the class has its own.
     method = plain(cfg.edit)
     del method["name"]
@@ -105,9 +105,31 @@ def build_parts(cfg: DictConfig) -> Parts:
         concept=concept,
         method=hydra.utils.instantiate(method),
         prompts=prompts,
-        evaluators=evaluators,
         settings=SamplerSettings(**plain(cfg.model.sampler)),
     )
+
+
+def build_evaluators(cfg: DictConfig) -> list[Evaluator]:
+    """The chosen evaluators with their weights loaded; none where nothing is measured."""
+    if cfg.prompts is None or not cfg.evaluator:
+        return []
+    nodes = [node for node in cfg.evaluator.values() if node is not None]
+    return [hydra.utils.instantiate(node, _convert_="all") for node in nodes]
+
+
+def check_parts(cfg: DictConfig, parts: Parts) -> None:
+    """Raise UserError for what would fail later: prompts, evaluators, ablations.
+
+    The evaluators are loaded to be asked, so that missing weights are known now, and let go again:
+    the edit's peak of memory is measured without them.
+    """
+    if cfg.effect.count:
+        check_effects(parts.model, parts.method, cfg.effect.share)
+    parts.model.check_prompts(list(dict.fromkeys(prompt.text for prompt in parts.prompts)))
+    for evaluator in build_evaluators(cfg):
+        evaluator.check(parts.prompts)
+        del evaluator
+    gc.collect()
 
 
 def take_in_turn(prompts: Sequence[Prompt], target: str, limit: int | None) -> list[Prompt]:
@@ -163,40 +185,19 @@ def make_images(
 
 
 def evaluate(
-    parts: Parts, before: ImageSet | None, after: ImageSet | None
+    evaluators: Sequence[Evaluator], target: str, before: ImageSet | None, after: ImageSet | None
 ) -> tuple[list[Record], list[dict[str, Any]]]:
     """Per-image records, and aggregates over the target's group, the others, and each group."""
     records: list[Record] = []
     rows: list[dict[str, Any]] = []
-    for state, images in (("before", before), ("after", after)):
-        if images is None:
-            continue
-        for evaluator in parts.evaluators:
+    for state, images in _states(before, after).items():
+        for evaluator in evaluators:
             logger.info("measuring %s %s the edit", evaluator.name, state)
             scored = list(score_image_set(evaluator, images))
             origin = {"state": state, "metric": evaluator.name, "images": images.folder.name}
             records += [origin | record for record in scored]
-            rows += _aggregates(evaluator, scored, parts.concept.name, state)
+            rows += aggregate(evaluator, scored, target, state)
     return records, rows
-
-
-def _aggregates(
-    evaluator: Evaluator, records: list[Record], target: str, state: str
-) -> list[dict[str, Any]]:
-    def of(groups: set[str]) -> list[Record]:
-        return [record for record in records if record["group"] in groups]
-
-    groups = list(dict.fromkeys(str(record["group"]) for record in records))
-    scopes: list[tuple[str, str | None, list[Record]]] = [
-        ("target", target, of({target})),
-        ("others", None, of(set(groups) - {target})),
-        *(("group", name, of({name})) for name in groups),
-    ]
-    return [
-        {"scope": scope, "group": name, "state": state} | asdict(evaluator.aggregate(chosen))
-        for scope, name, chosen in scopes
-        if chosen
-    ]
 
 
 def write_presentation(
@@ -221,6 +222,22 @@ def quiet_libraries() -> None:
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+
+
+def _states(before: ImageSet | None, after: ImageSet | None) -> dict[str, ImageSet]:
+    """The image sets that there are, by their state."""
+    pairs = {"before": before, "after": after}
+    return {state: images for state, images in pairs.items() if images is not None}
+
+
+def _describe_images(
+    before: ImageSet | None, after: ImageSet | None
+) -> dict[str, dict[str, str | int]]:
+    """By state: the set's folder, how many images it has, and how many of them were not finite."""
+    return {
+        state: {"folder": images.folder.name, "count": len(images), "broken": images.broken()}
+        for state, images in _states(before, after).items()
+    }
 
 
 def _describe_edit(cfg: DictConfig, edit: WeightEdit) -> dict[str, Any]:

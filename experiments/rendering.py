@@ -12,6 +12,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
+from experiments.aggregation import MEAN
 from experiments.results import read_json
 
 DASH = "–"  # nothing was measured
@@ -21,6 +22,7 @@ DECIMALS = 1
 def result_table(metrics: dict[str, Any], cost: dict[str, Any]) -> pd.DataFrame:
     """Rows of a run's table, cells as text: quantity, before, after, change."""
     rows = [_metric_row(metrics, name, scope) for name, scope in _measured(metrics)]
+    rows += _broken_rows(metrics)
     rows += _cost_rows(metrics, cost)
     if metrics["effect"] is not None:
         effect = metrics["effect"]
@@ -108,19 +110,35 @@ def _label(metrics: dict[str, Any], row: dict[str, Any] | None, scope: str) -> s
         return DASH
     arrow = "↑" if row["higher_is_better"] else "↓"
     name = row["name"].replace("_", " ")
-    who = metrics["concept"] if scope == "target" else f"the {metrics['others']} others"
-    direction = f" {arrow}" if scope == "others" else ""
-    return f"{name} on {who}, {row['unit']}{direction} (n = {row['n']})"
+    if scope == "target":
+        return f"{name} on {metrics['concept']}, {row['unit']} (n = {row['n']})"
+    who = "the other group" if row["groups"] == 1 else f"the {row['groups']} others"
+    mean = ", mean of groups" if row["over"] == MEAN else ""
+    return f"{name} on {who}, {row['unit']} {arrow} (n = {row['n']}{mean})"
+
+
+def _broken_rows(metrics: dict[str, Any]) -> list[list[str]]:
+    """A row if any image had values that were not finite: such images are black in the set."""
+    if not any(images["broken"] for images in metrics["images"].values()):
+        return []
+    cells = [
+        f"{metrics['images'][state]['broken']} of {metrics['images'][state]['count']}"
+        if state in metrics["images"]
+        else DASH
+        for state in ("before", "after")
+    ]
+    return [["broken images (not finite, saved as black) ↓", *cells, DASH]]
 
 
 def _cost_rows(metrics: dict[str, Any], cost: dict[str, Any]) -> list[list[str]]:
     if metrics["edit"]["name"] == "none":
         return []
+    kind = f" ({cost['memory_kind']})" if cost["memory_kind"] else ""
     cached = " (cached scores; cost of making them)" if cost["cached"] else ""
     return [
         ["weights changed", DASH, f"{metrics['edit']['num_weights']:,}", DASH],
         [f"editing time{cached}", DASH, f"{cost['seconds']:.1f} s", DASH],
-        ["peak memory of editing", DASH, f"{cost['peak_memory_mb']:,.0f} MB", DASH],
+        [f"peak memory of editing{kind}", DASH, f"{cost['peak_memory_mb']:,.0f} MB", DASH],
     ]
 
 

@@ -1,8 +1,9 @@
 """Result folders: whole or absent, addressed by the hash of what determines them.
 
-`<runs>/<name>-<hash>/` exists only once its last file is written: an unfinished run works in
-`<runs>/.unfinished/<name>-<hash>/`, which is renamed into place. `manifest.json` holds the SHA-256
-of every file, checked on each reuse. Files of a folder:
+`<runs>/<name>-<hash>/` appears when its last file is written: an unfinished run works in
+`<runs>/.unfinished/<name>-<hash>/`, which is renamed into place, and holds the lock
+`<runs>/.unfinished/<name>-<hash>.lock` meanwhile. `manifest.json` has the SHA-256 of every other
+file; all are checked on each reuse. Files of a folder:
 
     config.yaml         the configuration as composed and resolved
     edit.safetensors    the edit (cad.weight_edit)
@@ -17,9 +18,13 @@ of every file, checked on each reuse. Files of a folder:
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -28,6 +33,7 @@ from omegaconf import DictConfig
 
 from cad.errors import UserError
 from evaluation.files import write_atomically
+from evaluation.image_sets import TEMPORARY_FILES
 from experiments.config import identity, short_hash
 
 MANIFEST = "manifest.json"
@@ -63,23 +69,46 @@ class ResultFolder:
     def work(self) -> Path:
         return self.runs / UNFINISHED / self.name
 
+    @property
+    def _discarded(self) -> Path:
+        """Where a damaged result goes, to be deleted once the new one is in its place."""
+        return self.runs / UNFINISHED / f"{self.name}.discarded"
+
     def is_complete(self) -> bool:
         """Whether the result is there and every file is as its manifest says."""
         return self.final.is_dir() and not _damaged(self.final)
 
-    def open(self) -> Path:
-        """The folder to work in, with what an earlier attempt left there.
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold this result alone, waiting for another process that does.
 
-        A finished result with missing or altered files is reopened: the intact files stay. Raises
-        UserError where the folder cannot be made.
+        Ask `is_complete` inside: the other may have finished it. The lock goes with the process,
+        however that ends. Raises UserError where the lock's file cannot be made.
+        """
+        path = self.runs / UNFINISHED / f"{self.name}.lock"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle = path.open("a")
+        except OSError as error:
+            raise self._unwritable(error) from error
+        with handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                logger.info("another process is running %s, waiting for it", self.name)
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+
+    def open(self) -> Path:
+        """The folder to work in, with what an earlier attempt left there. Call it while `locked`.
+
+        A finished result with missing or altered files is reopened: the intact files stay. Partial
+        files of a killed attempt are deleted. Raises UserError where the folder cannot be made.
         """
         try:
             self.work.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(
-                f"paths.results: cannot write to {self.runs} ({error.strerror}); choose another "
-                "folder with paths.results=DIR"
-            ) from error
+            raise self._unwritable(error) from error
         if self.final.is_dir() and not self.work.exists():
             damaged = _damaged(self.final)
             logger.warning("%s: damaged or missing %s; made again", self.final, ", ".join(damaged))
@@ -89,14 +118,30 @@ class ResultFolder:
         elif self.work.exists() and any(self.work.iterdir()):
             logger.info("resuming %s", self.name)
         self.work.mkdir(exist_ok=True)
+        for partial in self.work.glob(TEMPORARY_FILES):
+            partial.unlink()
+        shutil.rmtree(self._discarded, ignore_errors=True)
         return self.work
 
     def close(self) -> Path:
-        """Write the manifest of the finished work and move it into place. Returns `final`."""
+        """Write the manifest of the finished work and move it into place. Returns `final`.
+
+        A damaged result that is still there makes room and is deleted.
+        """
         digests = {name: _sha256(self.work / name) for name in _files(self.work)}
         write_json(self.work / MANIFEST, digests)
+        if self.final.exists():
+            logger.warning("%s: damaged; replaced by the new result", self.final)
+            self.final.replace(self._discarded)
         self.work.replace(self.final)
+        shutil.rmtree(self._discarded, ignore_errors=True)
         return self.final
+
+    def _unwritable(self, error: OSError) -> UserError:
+        return UserError(
+            f"paths.results: cannot write to {self.runs} ({error.strerror}); choose another "
+            "folder with paths.results=DIR"
+        )
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,8 +1,9 @@
 """What a multirun ends with: one table of all its runs, and accuracy against ratio (Figure 7).
 
-Every job leaves `result.json` in its own folder of the multirun, so that the summary can be made
-whatever launcher ran the jobs. Files: sweep.csv, table.md, and plot.png, plot.pdf where some
-configuration was run at two ratios or more.
+Every job leaves `result.json` in its own folder of the multirun: the result's folder, or the
+message it failed with. So the summary needs nothing of the jobs' processes, and is made of what
+finished also where a job failed or the sweep was interrupted. Files: sweep.csv, table.md, and
+plot.png, plot.pdf where some configuration was run at two ratios or more.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pandas as pd
 from hydra.experimental.callback import Callback
@@ -34,28 +35,52 @@ logger = logging.getLogger(__name__)
 
 
 class SweepSummary(Callback):
-    """Hydra callback: summarises a multirun when its last job has ended."""
+    """Hydra callback: notes the multirun's folder, for `finish_sweep` after its last job.
 
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        summarise(Path(config.hydra.sweep.dir))
+    Not Hydra's `on_multirun_end`: that is left out as soon as one job has raised.
+    """
+
+    folder: ClassVar[Path | None] = None
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        folder = Path(config.hydra.sweep.dir)
+        for link in folder.glob(f"*/{LINK}"):  # an earlier run of the same command
+            link.unlink()
+        SweepSummary.folder = folder
+
+
+def finish_sweep() -> None:
+    """Summarise the multirun that was begun in this process; nothing to do without one."""
+    folder, SweepSummary.folder = SweepSummary.folder, None
+    if folder is not None:
+        summarise(folder)
 
 
 def note_result(job_folder: Path, result: Path) -> None:
     """Leave a job's link to its result folder in the job's own folder."""
-    write_json(job_folder / LINK, {"folder": str(result)})
+    write_json(job_folder / LINK, {"folder": str(result), "error": None})
+
+
+def note_failure(job_folder: Path, message: str) -> None:
+    """Leave the reason why a job has no result in the job's own folder."""
+    write_json(job_folder / LINK, {"folder": None, "error": message})
 
 
 def summarise(folder: Path) -> None:
     """Write and print the table of a multirun's results, and plot them if ratios were swept."""
-    jobs = [path for path in folder.iterdir() if (path / LINK).is_file()]
-    results = [Path(read_json(job / LINK)["folder"]) for job in sorted(jobs, key=_job_number)]
+    jobs = [path.parent for path in folder.glob(f"*/{LINK}")]
+    links = {job.name: read_json(job / LINK) for job in sorted(jobs, key=_job_number)}
+    for job, link in links.items():
+        if link["error"] is not None:
+            logger.error("run %s of the sweep failed: %s", job, link["error"])
+    results = [Path(link["folder"]) for link in links.values() if link["error"] is None]
     if not results:
         return
     frame = pd.concat([tidy(result) for result in results], ignore_index=True)
     write_atomically(folder / "sweep.csv", frame.to_csv(index=False).encode())
     table = sweep_table(results)
     write_atomically(folder / "table.md", to_markdown(table).encode())
-    show_table(table, f"{len(results)} runs")
+    show_table(table, f"{len(results)} run{'s' if len(results) > 1 else ''}")
     series = ratio_series(frame)
     if series:
         plot(series, folder)

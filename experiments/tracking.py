@@ -1,7 +1,8 @@
 """Mirrors of a finished result: Weights & Biases, or nothing.
 
-A tracker reads the result folder and nothing else. It never fails a run: what W&B raises when it
-cannot be reached becomes a warning.
+A tracker is given a finished result folder and changes none of its files; W&B keeps its own in the
+folder's wandb/. A run does not fail because W&B cannot be reached: its errors and those of the disk
+become warnings.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from omegaconf import OmegaConf
 
 from cad.errors import UserError
 from experiments.rendering import result_table
-from experiments.results import read_json
+from experiments.results import read_json, write_json
 
 if TYPE_CHECKING:
     import wandb
 
 FOLDER = "wandb"  # W&B's files, inside the result folder
 HOST = "api.wandb.ai"
+MARKER = "mirrored.json"  # in FOLDER; written when everything was sent
 MODES = ("auto", "online", "offline")
 Mode = Literal["online", "offline"]
 
@@ -35,7 +37,10 @@ class Tracker(ABC):
 
     @abstractmethod
     def log(self, folder: Path) -> None:
-        """Mirror the result in `folder`, unless that was done before. Raises nothing expected."""
+        """Mirror the result in `folder`, unless that was done before.
+
+        What keeps the mirror from being made is logged, not raised.
+        """
 
 
 class NoTracker(Tracker):
@@ -48,8 +53,9 @@ class NoTracker(Tracker):
 class WandbTracker(Tracker):
     """One W&B run per result: its configuration, metrics, table and picture.
 
-    `mode` "auto" is online where a key is set, else offline; `timeout` is in seconds. Raises
-    UserError for another mode.
+    `mode` "auto" follows the environment's WANDB_MODE, else is online where a key is set and
+    offline elsewhere; WANDB_MODE=disabled switches every mode off. `timeout` is in seconds. Raises
+    UserError for another mode. What was interrupted before its end is sent again, as a new run.
     """
 
     def __init__(self, project: str, mode: str, timeout: float) -> None:
@@ -60,7 +66,8 @@ class WandbTracker(Tracker):
         self.timeout = timeout
 
     def log(self, folder: Path) -> None:
-        if (folder / FOLDER).exists():
+        marker = folder / FOLDER / MARKER
+        if marker.exists() or os.environ.get("WANDB_MODE") == "disabled":
             return
         os.environ["WANDB_SILENT"] = "true"
         os.environ["WANDB_DATA_DIR"] = str(folder / FOLDER)  # else staged files go to the home
@@ -72,12 +79,14 @@ class WandbTracker(Tracker):
                 run = self._start(folder, mode)
             except wandb.errors.Error as error:
                 logger.warning("W&B cannot be reached, logging offline (%s)", error)
-                run = self._start(folder, "offline")
+                mode = "offline"
+                run = self._start(folder, mode)
             _send(run, folder)
+            wandb.finish()
+            write_json(marker, {"run": run.id, "mode": mode})
         except (wandb.errors.Error, OSError) as error:
             logger.warning("W&B logging skipped (%s); the result folder is complete", error)
-        finally:
-            _finish()
+            _abandon()
 
     def _choose_mode(self) -> Mode:
         wish = os.environ.get("WANDB_MODE", "auto") if self.mode == "auto" else self.mode
@@ -118,14 +127,14 @@ def _send(run: wandb.Run, folder: Path) -> None:
     run.log(values)
 
 
-def _finish() -> None:
-    """End the current W&B run, so that the next job of a sweep gets one of its own."""
+def _abandon() -> None:
+    """End a W&B run that failed, so that the next job of a sweep gets one of its own."""
     import wandb
 
     try:
-        wandb.finish()
+        wandb.finish(exit_code=1)
     except (wandb.errors.Error, OSError) as error:
-        logger.warning("W&B could not finish its upload (%s); `wandb sync` repeats it", error)
+        logger.warning("W&B could not end its run (%s)", error)
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from experiments.config import REPOSITORY
 
 DETERMINISTIC = ("edit.safetensors", "records.jsonl", "metrics.json", "before_after.png")
 TIMEOUT = 170  # seconds
+HYDRA_NOISE = ("Traceback", "Error in call to target", "Error executing job", "full_key")
 RATIOS = ("0.01", "0.02", "0.05")
 
 
@@ -46,6 +47,16 @@ def run(weights: Path, results: Path, *overrides: str) -> subprocess.CompletedPr
     )
 
 
+def listing(results: Path) -> set[str]:
+    """All files of results, image sets and scores; the locks of running experiments are not."""
+    return {
+        path.relative_to(results).as_posix()
+        for folder in ("runs", "images", "scores")
+        for path in (results / folder).rglob("*")
+        if path.is_file() and path.suffix != ".lock"
+    }
+
+
 def fingerprint(results: Path) -> dict[str, str]:
     """Digests of everything that must not depend on interruptions, by relative path."""
     files = [p for p in (results / "runs").rglob("*") if p.name in DETERMINISTIC]
@@ -71,7 +82,7 @@ def test_a_run_ends_with_table_picture_and_folder(
 ) -> None:
     results, process = finished
     assert process.returncode == 0, process.stderr
-    for words in ("accuracy on parachute", "the 10 others", "editing time", "peak memory"):
+    for words in ("accuracy on parachute", "the 10 others", "editing time", "resident growth"):
         assert words in process.stdout
     assert "Pearson r" in process.stdout
     (folder,) = (results / "runs").glob("mini-parachute-erase-*")
@@ -100,7 +111,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bytes(
 ) -> None:
     results = tmp_path / "results"
     moments = (
-        lambda: list(results.glob("runs/.unfinished/*")),
+        lambda: [path for path in results.glob("runs/.unfinished/*") if path.is_dir()],
         lambda: list(results.glob("runs/.unfinished/*/edit.safetensors")),
         lambda: len(list(results.glob("images/*/*.png"))) >= 15,  # in the second set
     )
@@ -123,6 +134,24 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bytes(
     process = run(weights, results, *overrides)
     assert process.returncode == 0, process.stderr
     assert fingerprint(results) == fingerprint(finished[0])
+    assert listing(results) == listing(finished[0])
+
+
+def test_two_runs_of_one_configuration_share_the_work(weights: Path, tmp_path: Path) -> None:
+    processes = [
+        subprocess.Popen(
+            command(weights, tmp_path, "edit=none", "limit=4"),
+            cwd=REPOSITORY,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    outputs = [process.communicate(timeout=TIMEOUT) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert sorted("nothing was computed" in out for out, _ in outputs) == [False, True]
 
 
 def test_a_sweep_over_ratios_costs_one_attribution_and_ends_with_a_plot(
@@ -137,6 +166,17 @@ def test_a_sweep_over_ratios_costs_one_attribution_and_ends_with_a_plot(
     assert len(list((tmp_path / "scores").glob("*.safetensors"))) == 1
     sets = 1 + len(RATIOS)  # the unedited images are made once
     assert len(list((tmp_path / "images").glob("*/set.json"))) == sets
+
+
+def test_a_job_that_fails_costs_a_sweep_nothing_else(weights: Path, tmp_path: Path) -> None:
+    process = run(weights, tmp_path, "-m", "ratio.value=0.00001,0.05", "limit=2", "edit=erase")
+    assert process.returncode == 2, process.stderr
+    assert "run 0 of the sweep failed: ratio.value=1e-05 chooses nothing" in process.stderr
+    for words in HYDRA_NOISE:
+        assert words not in process.stderr
+    (sweep,) = (tmp_path / "sweeps").iterdir()
+    assert "0.05" in (sweep / "table.md").read_text()
+    assert "1 run" in process.stdout
 
 
 def test_a_style_is_judged_among_styles(weights: Path, tmp_path: Path) -> None:
@@ -157,6 +197,10 @@ def test_a_style_is_judged_among_styles(weights: Path, tmp_path: Path) -> None:
         (("images=3",), ("images",)),
         (("model=sd14",), ("CompVis/stable-diffusion-v1-4", "2.1 GB", "model=mini")),
         (("model=sdxl",), ("no adapter", "model=mini")),
+        (("edit=rescale", "edit.factor=1"), ("edit.factor=1", "greater than 1")),
+        (("effect.count=2", "effect.share=0.0000001"), ("effect.share=1e-07", "at least")),
+        (("prompts=objects", "prompts.template='{subject}{subjects}'"), ("prompts.template=",)),
+        (("prompts=objects", f"prompts.template='{80 * 'x '}{{subject}}'"), ("77",)),
     ],
 )
 def test_mistakes_end_with_a_message(
@@ -164,10 +208,11 @@ def test_mistakes_end_with_a_message(
 ) -> None:
     process = run(weights, tmp_path, *overrides)
     assert process.returncode == 2, process.stderr
-    assert "Traceback" not in process.stderr
+    for words_of_no_use in HYDRA_NOISE:
+        assert words_of_no_use not in process.stderr
     for word in words:
         assert word in process.stderr
-    assert not list(tmp_path.glob("runs/*"))
+    assert not list(tmp_path.glob("runs/*-*"))
 
 
 def test_help_explains_the_groups() -> None:

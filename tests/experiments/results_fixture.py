@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from experiments.aggregation import POOLED
 from experiments.results import ResultFolder, write_json
 
 BEFORE = {"target": (95.0, 76.4, 99.1, 20), "others": (80.0, 73.9, 85.0, 200)}
@@ -12,7 +13,12 @@ AFTER = {"target": (5.0, 0.9, 23.6, 20), "others": (76.5, 70.2, 81.8, 200)}
 
 
 def write_result(
-    runs: Path, *, concept: str = "parachute", ratio: float | None = 0.01, effect: bool = False
+    runs: Path,
+    *,
+    concept: str = "parachute",
+    ratio: float | None = 0.01,
+    effect: bool = False,
+    broken: int = 0,
 ) -> Path:
     """A finished run of `concept` at `ratio`; `ratio=None` is edit=none."""
     folder = ResultFolder(runs, f"mini-{concept}-erase", str(ratio))
@@ -33,12 +39,23 @@ def write_result(
         "concept": concept,
         "edit": edit,
         "seed": 0,
-        "others": 10,
+        "images": {
+            state: {"folder": state, "count": 220, "broken": broken if state == "after" else 0}
+            for state in states
+        },
         "effect": {"count": 50, "share": 0.001, "pearson_r": 0.93} if effect else None,
         "metrics": rows,
     }
     write_json(work / "metrics.json", metrics)
-    write_json(work / "cost.json", {"seconds": 18.24, "peak_memory_mb": 512.3, "cached": False})
+    write_json(
+        work / "cost.json",
+        {
+            "seconds": 18.24,
+            "peak_memory_mb": 512.3,
+            "cached": False,
+            "memory_kind": "resident growth",
+        },
+    )
     (work / "config.yaml").write_text("seed: 0\n")
     return folder.close()
 
@@ -47,6 +64,8 @@ def _row(scope: str, state: str, value: float, low: float, high: float, n: int) 
     return {
         "scope": scope,
         "group": None,
+        "groups": 1 if scope == "target" else 10,
+        "over": POOLED,
         "state": state,
         "name": "accuracy",
         "value": value,

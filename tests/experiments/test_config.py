@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import hydra
@@ -11,9 +13,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cad.concepts import Concept
 from cad.errors import UserError
 from experiments.config import (
+    BY_CONTENT,
+    LEFT_OUT,
     REPOSITORY,
     check,
     concept_groups,
@@ -27,7 +30,6 @@ from experiments.config import (
 CONF = REPOSITORY / "conf"
 GROUPS = ("model", "concept", "edit", "ratio", "prompts", "evaluator", "logger", "paths", "debug")
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
-CONCEPTS = [path.stem for path in sorted((CONF / "concept").glob("*.yaml"))]
 MINIATURE_CONCEPTS = 16
 REVISION_DIGITS = 40
 
@@ -54,22 +56,6 @@ def test_every_option_says_how_to_run_it_or_what_it_is(group: str, option: str) 
     lines = (CONF / group / f"{option}.yaml").read_text().splitlines()
     comments = [line for line in lines[:4] if line.startswith("# ") and "@package" not in line]
     assert comments
-
-
-@pytest.mark.parametrize("model", ["mini", "sd14", "sd21", "sdxl", "sd35"])
-@pytest.mark.parametrize("edit", ["none", "erase", "amplify", "rescale"])
-@pytest.mark.parametrize("concept", ["parachute", "pop_art"])
-def test_every_model_edit_and_kind_of_concept_resolves(model: str, edit: str, concept: str) -> None:
-    cfg = compose(f"model={model}", f"edit={edit}", f"concept={concept}")
-    assert OmegaConf.to_container(cfg, resolve=True)
-    assert cfg.ratio.value is None if edit == "none" else 0 < cfg.ratio.value <= 1
-
-
-@pytest.mark.parametrize("name", CONCEPTS)
-def test_a_concept_is_named_like_its_file(name: str) -> None:
-    concept = hydra.utils.instantiate(compose(f"concept={name}").concept)
-    assert isinstance(concept, Concept)
-    assert concept.name == name
 
 
 def test_the_defaults() -> None:
@@ -126,6 +112,10 @@ def test_default_ratios(overrides: tuple[str, ...], ratio: float | None) -> None
         ("limit=0", ("limit=0",)),
         ("effect.count=1", ("effect.count=1",)),
         ("effect.share=0", ("effect.share=0",)),
+        ("model.sampler.steps=0", ("model.sampler.steps=0", "at least 1")),
+        ("model.sampler.guidance=.inf", ("model.sampler.guidance=",)),
+        ("model.sampler.guidance=inf", ("model.sampler.guidance=inf",)),
+        ("model.sampler.batch_size=0", ("model.sampler.batch_size=0",)),
         ("device=tpu", ("device=tpu", "cuda")),
         ("dtype=int8", ("dtype=int8", "bfloat16")),
         ("concept=nudity", ("concept=nudity", "model=mini", "parachute")),
@@ -146,9 +136,24 @@ def test_effects_need_an_attribution() -> None:
         check(compose("edit=none", "effect.count=5"))
 
 
-def test_a_concept_needs_images_of_its_own() -> None:
-    with pytest.raises(UserError, match="concept=face has no images"):
-        check(compose("concept=face", "prompts=objects"))
+def test_a_concept_needs_images_of_its_own_and_the_advice_works() -> None:
+    overrides = ["concept=face", "prompts=objects"]
+    with pytest.raises(UserError, match="concept=face has no images") as caught:
+        check(compose(*overrides))
+    advice = shlex.split(str(caught.value).partition("add it: ")[2])
+    assert advice == ["prompts=objects", "+prompts.subjects.face=face"]
+    check(compose("concept=face", *advice))
+
+
+def test_the_default_prompts_cannot_be_added_to_but_named_ones_can() -> None:
+    lighthouse = ["model=sd14", "concept.name=lighthouse", "concept.text=red lighthouse"]
+    with pytest.raises(UserError, match="prompts has subjects alone") as caught:
+        check(compose(*lighthouse, "+prompts.subjects.lighthouse=red lighthouse"))
+    advice = shlex.split(str(caught.value).partition("for example ")[2])
+    cfg = compose(*lighthouse, *advice)
+    check(cfg)
+    assert cfg.prompts.subjects.lighthouse == "red lighthouse"
+    assert cfg.prompts.subjects.church == "church"
 
 
 @pytest.mark.parametrize("override", ["images=3", "concept=unicorn", "edit.ratoi=1", "model=sd9"])
@@ -191,6 +196,66 @@ def test_what_changes_the_result_changes_the_hash(override: str) -> None:
 @pytest.mark.parametrize("override", ["logger=none", "paths.results=/elsewhere", "dtype=auto"])
 def test_what_does_not_change_the_result_keeps_the_hash(override: str) -> None:
     assert identify(override) == identify()
+
+
+@pytest.mark.parametrize("name", ["store", "device", "note", "dtype", "size_gb"])
+def test_names_of_settings_may_be_names_of_subjects(name: str) -> None:
+    plain = identify("prompts=objects")
+    named = identify("prompts=objects", f"+prompts.subjects.{name}=a thing")
+    other = identify("prompts=objects", f"+prompts.subjects.{name}=another")
+    assert len({plain, named, other}) == 3
+
+
+def test_a_subject_called_path_is_no_path() -> None:
+    overrides = ("prompts=objects", "+prompts.subjects.path=garden path")
+    assert identity(settle(compose(*overrides)))["prompts"]["subjects"]["path"] == "garden path"
+
+
+def test_every_left_out_and_content_place_is_in_some_configuration() -> None:
+    combinations = (("edit=amplify",), ("evaluator=[accuracy,style_accuracy]",))
+    places = {
+        place
+        for overrides in combinations
+        for place in leaves(OmegaConf.to_container(compose(*overrides), resolve=True))
+    }
+    for pattern in (*LEFT_OUT, *BY_CONTENT):
+        keys = pattern.split(".")
+        assert any(
+            all(key in ("*", at) for key, at in zip(keys, place, strict=False))
+            for place in places
+            if len(place) >= len(keys)
+        ), pattern
+
+
+def leaves(node: object, place: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    if not isinstance(node, dict):
+        yield place
+        return
+    for key, item in node.items():
+        yield from leaves(item, (*place, str(key)))
+
+
+def test_all_gpus_are_one_device() -> None:
+    cfg = compose().copy()
+    hashes = []
+    for device in ("cuda", "cuda:0", "cuda:1", "cpu"):
+        cfg.device = device
+        hashes.append(short_hash(identity(cfg)))
+    assert hashes[0] == hashes[1] == hashes[2] != hashes[3]
+
+
+def test_versions_of_libraries_and_of_results_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = identify()
+    for constant, value in (
+        ("cad.runtime.LIBRARIES", ("torch",)),
+        ("cad.score_store.VERSION", 0),
+        ("evaluation.generation.VERSION", 0),
+        ("experiments.config.RESULT_VERSION", 0),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(constant, value)
+            assert identify() != plain
+    assert identify() == plain
 
 
 def test_seed_zero_is_a_seed_of_its_own() -> None:

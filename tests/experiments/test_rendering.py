@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from results_fixture import write_result
 
+from experiments.aggregation import MEAN
 from experiments.rendering import (
     DASH,
     format_interval,
@@ -35,8 +36,25 @@ def test_rows_of_an_erasure(tmp_path: Path) -> None:
     assert rows[1][3] == "-3.5"
     assert rows[2] == ["weights changed", DASH, "12,345", DASH]
     assert rows[3] == ["editing time", DASH, "18.2 s", DASH]
-    assert rows[4] == ["peak memory of editing", DASH, "512 MB", DASH]
+    assert rows[4] == ["peak memory of editing (resident growth)", DASH, "512 MB", DASH]
     assert rows[5][2] == "0.930"
+
+
+def test_the_mean_of_unequal_groups_is_called_so(tmp_path: Path) -> None:
+    folder = write_result(tmp_path)
+    metrics, cost = read_json(folder / "metrics.json"), read_json(folder / "cost.json")
+    for row in metrics["metrics"]:
+        row |= {"groups": 3, "over": MEAN, "n": 5}
+    label = result_table(metrics, cost).iloc[1, 0]
+    assert label == "accuracy on the 3 others, % ↑ (n = 5, mean of groups)"
+
+
+def test_broken_images_have_a_row_only_if_there_are_any(tmp_path: Path) -> None:
+    rows = table(write_result(tmp_path, broken=7)).to_numpy().tolist()
+    assert rows[2][0].startswith("broken images")
+    assert rows[2][1:] == ["0 of 220", "7 of 220", DASH]
+    whole = table(write_result(tmp_path, concept="church")).to_numpy().tolist()
+    assert not any(row[0].startswith("broken") for row in whole)
 
 
 def test_no_edit_has_no_after_and_no_cost(tmp_path: Path) -> None:

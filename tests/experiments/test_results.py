@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -51,6 +54,48 @@ def test_a_damaged_one_is_reopened_with_the_intact_files(folder: ResultFolder, h
     work = folder.open()
     assert (work / "b").read_text() == "2"
     assert harm == "manifest" or not (work / "a").exists()
+
+
+def test_a_damaged_one_is_replaced_by_what_an_earlier_attempt_finished(
+    folder: ResultFolder,
+) -> None:
+    (folder.open() / "a").write_text("new")
+    folder.final.mkdir()
+    (folder.final / "a").write_text("damaged")
+    (folder.final / "b").write_text("old")
+    assert folder.open() == folder.work
+    final = folder.close()
+    assert folder.is_complete()
+    assert (final / "a").read_text() == "new"
+    assert not (final / "b").exists()
+    assert [path.name for path in folder.work.parent.iterdir()] == []
+
+
+def test_what_a_killed_writer_left_is_deleted(folder: ResultFolder) -> None:
+    work = folder.open()
+    (work / ".metrics.json.abc.tmp").write_text("{")
+    assert [path.name for path in folder.open().iterdir()] == []
+
+
+def test_a_second_process_waits_for_the_first(
+    folder: ResultFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    order: list[str] = []
+
+    def wait() -> None:
+        with folder.locked():
+            order.append("second, complete" if folder.is_complete() else "second")
+
+    second = threading.Thread(target=wait)  # flock tells file handles apart, as it does processes
+    with folder.locked():
+        second.start()
+        while "waiting for it" not in caplog.text and second.is_alive():
+            time.sleep(0.01)
+        order.append("first")
+        finish(folder, a="1")
+    second.join()
+    assert order == ["first", "second, complete"]
 
 
 def test_the_tracker_s_files_are_no_part_of_it(folder: ResultFolder) -> None:

@@ -6,9 +6,18 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from omegaconf import OmegaConf
 from results_fixture import write_result
 
-from experiments.sweep import note_result, ratio_series, summarise, tidy
+from experiments.sweep import (
+    SweepSummary,
+    finish_sweep,
+    note_failure,
+    note_result,
+    ratio_series,
+    summarise,
+    tidy,
+)
 
 RATIOS = (0.005, 0.01, 0.02)
 
@@ -50,6 +59,34 @@ def test_each_concept_is_a_series_of_its_own(tmp_path: Path) -> None:
     ]
     frame = pd.concat([tidy(result) for result in results])
     assert list(ratio_series(frame)) == ["church", "tench"]
+
+
+def test_what_finished_is_summarised_though_a_job_failed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "sweep"
+    for number, ratio in enumerate(RATIOS):
+        (folder / str(number)).mkdir(parents=True)
+        if ratio == RATIOS[0]:
+            note_failure(folder / str(number), "ratio.value=0.005 chooses nothing")
+        else:
+            note_result(folder / str(number), write_result(tmp_path, ratio=ratio))
+    summarise(folder)
+    assert sorted(pd.read_csv(folder / "sweep.csv")["ratio"].unique()) == list(RATIOS[1:])
+    assert "run 0 of the sweep failed: ratio.value=0.005 chooses nothing" in caplog.text
+
+
+def test_a_sweep_forgets_an_earlier_one_and_is_finished_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = sweep(tmp_path, ("church", 0.01), ("church", 0.02))
+    SweepSummary().on_multirun_start(OmegaConf.create({"hydra": {"sweep": {"dir": str(folder)}}}))
+    note_result(folder / "0", write_result(tmp_path, ratio=0.05))
+    capsys.readouterr()
+    finish_sweep()
+    assert "1 run" in capsys.readouterr().out
+    finish_sweep()
+    assert capsys.readouterr().out == ""
 
 
 def test_jobs_without_a_result_are_left_out(tmp_path: Path) -> None:

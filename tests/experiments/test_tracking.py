@@ -9,7 +9,7 @@ import wandb
 from results_fixture import write_result
 
 from cad.errors import UserError
-from experiments.tracking import FOLDER, NoTracker, WandbTracker
+from experiments.tracking import FOLDER, MARKER, NoTracker, WandbTracker
 
 
 def test_no_tracker_writes_nothing(tmp_path: Path) -> None:
@@ -39,12 +39,58 @@ def test_an_unreachable_server_means_offline(
     assert "the result folder is complete" in caplog.text
 
 
-def test_a_result_is_mirrored_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = write_result(tmp_path)
-    (folder / FOLDER).mkdir()
+class FakeRun:
+    id = "abc"
 
-    def init(**settings: object) -> None:
-        raise AssertionError("mirrored twice")
+    def log(self, values: dict[str, object]) -> None:
+        self.logged = values
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The modes that W&B was started in, without W&B."""
+    modes: list[str] = []
+
+    def init(*, mode: str, **settings: object) -> FakeRun:
+        modes.append(mode)
+        return FakeRun()
 
     monkeypatch.setattr(wandb, "init", init)
-    WandbTracker("cad", "offline", 1).log(folder)
+    monkeypatch.setattr(wandb, "finish", lambda exit_code=0: None)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    return modes
+
+
+def test_a_result_is_mirrored_once(tmp_path: Path, started: list[str]) -> None:
+    folder = write_result(tmp_path)
+    for _ in range(2):
+        WandbTracker("cad", "offline", 1).log(folder)
+    assert started == ["offline"]
+    assert (folder / FOLDER / MARKER).exists()
+
+
+def test_what_was_not_finished_is_mirrored_again(
+    tmp_path: Path, started: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_result(tmp_path)
+
+    def fail(exit_code: int = 0) -> None:
+        raise wandb.errors.CommError("the network went away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(wandb, "finish", fail)
+        WandbTracker("cad", "online", 1).log(folder)
+    assert (folder / FOLDER).exists()
+    WandbTracker("cad", "online", 1).log(folder)
+    assert started == ["online", "online"]
+
+
+@pytest.mark.parametrize("mode", ["auto", "online", "offline"])
+def test_disabled_is_disabled(
+    tmp_path: Path, started: list[str], monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    folder = write_result(tmp_path)
+    WandbTracker("cad", mode, 1).log(folder)
+    assert started == []
+    assert not (folder / FOLDER).exists()
