@@ -105,7 +105,7 @@ def summed_gradients(weights: Mapping[str, nn.Parameter]) -> Iterator[GradientSu
         for name, weight in weights.items():
             weight.requires_grad_(True)
             hook = _add_and_free(sums, name)
-            hooks.append(weight.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
+            hooks.append(weight.register_post_accumulate_grad_hook(hook))
         yield sums
     finally:
         for handle in hooks:

@@ -218,7 +218,7 @@ class CADRescale(_ErasingEdit):
 
 
 def _union(first: Tensor, second: Tensor) -> Tensor:
-    merged: Tensor = torch.cat([first, second]).unique()  # type: ignore[no-untyped-call]
+    merged: Tensor = torch.cat([first, second]).unique()
     return merged  # ascending
 
 

@@ -67,11 +67,11 @@ class SamplerSettings:
 
     def __post_init__(self) -> None:
         if self.steps < 1:
-            raise UserError(f"sampler.steps={self.steps} must be at least 1")
+            raise UserError(f"model.sampler.steps={self.steps} must be at least 1")
         if self.batch_size < 1:
-            raise UserError(f"sampler.batch_size={self.batch_size} must be at least 1")
+            raise UserError(f"model.sampler.batch_size={self.batch_size} must be at least 1")
         if not math.isfinite(self.guidance):
-            raise UserError(f"sampler.guidance={self.guidance} must be a finite number")
+            raise UserError(f"model.sampler.guidance={self.guidance} must be a finite number")
 
 
 def generate(
@@ -195,7 +195,7 @@ def _not_finite(model: DiffusionModel, count: int, settings: SamplerSettings) ->
     return (
         f"{count} images of the unedited model={model.name} in one batch are NaN or infinite: it "
         f"overflows in dtype={dtype} (use dtype=bfloat16 or float32), its weights are damaged, or "
-        f"sampler.guidance={settings.guidance:g} is too large."
+        f"model.sampler.guidance={settings.guidance:g} is too large."
     )
 
 

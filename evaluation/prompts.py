@@ -107,17 +107,15 @@ class StylePrompts(PromptSet):
         ]
 
 
-def build_prompts(prompt_set: PromptSet, limit: int | None = None) -> list[Prompt]:
-    """The set's prompts, or its first `limit`. UserError for limit < 1, no or an empty prompt."""
-    if limit is not None and limit < 1:
-        raise UserError(f"limit={limit} must be at least 1, or null for the whole prompt set")
+def build_prompts(prompt_set: PromptSet) -> list[Prompt]:
+    """The set's prompts. UserError if there are none or one is empty."""
     prompts = prompt_set.build()
     for index, prompt in enumerate(prompts):
         if not prompt.text.strip():
             raise UserError(f"prompt {index} of the set {prompt_set.name!r} is empty")
     if not prompts:
         raise UserError(f"the prompt set {prompt_set.name!r} has no prompts")
-    return prompts[:limit]
+    return prompts
 
 
 def with_article(text: str) -> str:

@@ -114,7 +114,8 @@ def reconstruct(network: nn.Module, pixels: Tensor) -> Tensor:
     """Pictures through the autoencoder (posterior mode), (N, 3, 64, 64) in [0, 1]."""
     assert isinstance(network, AutoencoderKL)
     latents = network.encode(pixels * 2 - 1).latent_dist.mode()
-    return (network.decode(latents).sample / 2 + 0.5).clamp(0, 1)
+    drawn: Tensor = network.decode(latents).sample / 2 + 0.5
+    return drawn.clamp(0, 1)
 
 
 @torch.inference_mode()

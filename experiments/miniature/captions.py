@@ -98,15 +98,17 @@ def build_tokenizer() -> CLIPTokenizer:
 
 def _merges(bpe: Tokenizer) -> list[tuple[str, str]]:
     pairs = json.loads(bpe.to_str())["model"]["merges"]
-    return [tuple(pair) if isinstance(pair, list) else tuple(pair.split(" ")) for pair in pairs]
+    return [(left, right) for left, right in pairs]
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> torch.Tensor:
     """Token ids padded to MAX_TOKENS, (N, MAX_TOKENS) int64."""
-    return tokenizer(
+    encoded = tokenizer(
         list(captions),
         padding="max_length",
         truncation=True,
         max_length=MAX_TOKENS,
         return_tensors="pt",
-    ).input_ids
+    )
+    ids: torch.Tensor = encoded.input_ids
+    return ids

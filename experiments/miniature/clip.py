@@ -123,14 +123,14 @@ def draw_styles(n: int, styled: float, generator: torch.Generator) -> Tensor:
     return torch.where(keep, style, PLAIN)
 
 
-@torch.autocast("cpu", enabled=False)
 def stylise(pixels: Tensor, styles: Tensor) -> Tensor:
     """Each picture in its own style, (N, 3, 64, 64) float32, also within an autocast region."""
     result = pixels.clone()
-    for index, draw in enumerate(STYLE_FUNCTIONS.values()):
-        chosen = styles == index
-        if chosen.any():
-            result[chosen] = draw(pixels[chosen])
+    with torch.autocast("cpu", enabled=False):
+        for index, draw in enumerate(STYLE_FUNCTIONS.values()):
+            chosen = styles == index
+            if chosen.any():
+                result[chosen] = draw(pixels[chosen])
     return result
 
 

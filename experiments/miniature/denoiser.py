@@ -132,7 +132,7 @@ class CaptionStates:
         with torch.inference_mode():
             ids = tokenize(tokenizer, captions)
             states = encoder(input_ids=ids).last_hidden_state  # (captions, L, D)
-        self.states = workshop.place(states.clone())
+        self.states: Tensor = workshop.place(states.clone())
         self.width = states.shape[-1]
 
     def draw(

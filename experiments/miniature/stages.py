@@ -6,7 +6,7 @@ import json
 import logging
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from experiments.miniature.training import SITTINGS_FILE
 
 log = logging.getLogger(__name__)
 
-Placeable = TypeVar("Placeable", Tensor, nn.Module)
+Placeable = TypeVar("Placeable", bound=Tensor | nn.Module)
 
 
 class Workshop:
@@ -44,7 +44,7 @@ class Workshop:
         return self._splits()[split]
 
     def place(self, thing: Placeable) -> Placeable:
-        return thing.to(self.device)
+        return cast(Placeable, thing.to(self.device))
 
     @property
     def report_file(self) -> Path:
