@@ -81,7 +81,10 @@ def build_denoiser(
 
 
 def build_scheduler() -> DDIMScheduler:
-    """Stable Diffusion's noise schedule, for v-prediction."""
+    """Stable Diffusion's noise schedule, for v-prediction.
+
+    Sampling starts at the last timestep ("trailing"), where training ended.
+    """
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -90,7 +93,7 @@ def build_scheduler() -> DDIMScheduler:
         set_alpha_to_one=False,
         steps_offset=1,
         prediction_type="v_prediction",
-        timestep_spacing="leading",
+        timestep_spacing="trailing",
     )
 
 

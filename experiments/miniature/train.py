@@ -66,7 +66,7 @@ def run_stages(config: DictConfig) -> None:
         if stage not in config.stages:
             continue
         settings = OmegaConf.to_container(config[stage], resolve=True)
-        if workshop.is_done(stage, settings):
+        if stage != "export" and workshop.is_done(stage, settings):
             log.info("%s: done with these settings, says %s", stage, workshop.report_file)
             continue
         module = importlib.import_module(f"experiments.miniature.{stage}")
