@@ -171,7 +171,8 @@ def test_a_sweep_over_ratios_costs_one_attribution_and_ends_with_a_plot(
 def test_a_job_that_fails_costs_a_sweep_nothing_else(weights: Path, tmp_path: Path) -> None:
     process = run(weights, tmp_path, "-m", "ratio.value=0.00001,0.05", "limit=2", "edit=erase")
     assert process.returncode == 2, process.stderr
-    assert "run 0 of the sweep failed: ratio.value=1e-05 chooses nothing" in process.stderr
+    told = process.stdout + process.stderr  # Hydra sends what follows its jobs to stdout
+    assert "run 0 of the sweep failed: ratio.value=1e-05 chooses nothing" in told
     for words in HYDRA_NOISE:
         assert words not in process.stderr
     (sweep,) = (tmp_path / "sweeps").iterdir()
