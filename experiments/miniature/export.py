@@ -59,12 +59,14 @@ def assemble(workshop: Workshop) -> StableDiffusionPipeline:
     clip = workshop.stage("clip")
     latents = load_file(workshop.stage("latents") / "latents.safetensors")["latents"]
     vae = AutoencoderKL.from_pretrained(workshop.stage("autoencoder"))
-    vae.register_to_config(scaling_factor=scaling_factor(latents))
+    unet = UNet2DConditionModel.from_pretrained(workshop.stage("denoiser"))
+    vae.register_to_config(scaling_factor=scaling_factor(latents), _name_or_path="miniature")
+    unet.register_to_config(_name_or_path="miniature")  # not the folder it was trained in
     return StableDiffusionPipeline(
         vae=vae.half(),
         text_encoder=CLIPTextModel.from_pretrained(clip).half(),
         tokenizer=CLIPTokenizer.from_pretrained(clip),
-        unet=UNet2DConditionModel.from_pretrained(workshop.stage("denoiser")).half(),
+        unet=unet.half(),
         scheduler=build_scheduler(),
         safety_checker=None,
         feature_extractor=None,
