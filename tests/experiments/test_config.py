@@ -89,8 +89,15 @@ def test_hub_models_pin_a_revision(model: str) -> None:
         (("model=sdxl",), 0.0003),
         (("model=sd35", "concept=nudity"), 0.0003),
         (("edit=none",), None),
-        (("+model.ratios.erase.by_concept.parachute=0.25",), 0.25),
-        (("+model.ratios.erase.by_concept.church=0.25", "model.ratios.erase.object=0.5"), 0.5),
+        (("concept=tench", "+model.ratios.erase.by_concept.tench=0.25"), 0.25),
+        (
+            (
+                "concept=tench",
+                "+model.ratios.erase.by_concept.church=0.25",
+                "model.ratios.erase.object=0.5",
+            ),
+            0.5,
+        ),
         (("ratio.value=0.02",), 0.02),
     ],
 )
