@@ -10,18 +10,10 @@ from typing import Any
 
 import torch
 
+from cad import runtime
 from experiments.config import REPOSITORY
 
-LIBRARIES = (
-    "torch",
-    "torchvision",
-    "diffusers",
-    "transformers",
-    "safetensors",
-    "numpy",
-    "pillow",
-    "hydra-core",
-)
+LIBRARIES = (*runtime.LIBRARIES, "torchvision", "safetensors", "numpy", "hydra-core")
 
 
 def describe_environment(device: str) -> dict[str, Any]:

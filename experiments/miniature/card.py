@@ -37,7 +37,8 @@ Measured by `python -m experiments.miniature.evaluate` ({n} images for each subj
 |---|---|
 {facts}
 
-The style of a picture is judged zero-shot by the shipped CLIP among the five styles and "no style".
+The style of a picture is judged zero-shot by the shipped CLIP among the five styles and "no style";
+the same CLIP's text tower conditions the generator, so this is no independent judge.
 
 ## How it was trained
 
