@@ -86,7 +86,7 @@ class NoEdit(Edit):
         return {}, Cost()
 
 
-class _ScoredEdit(Edit):
+class ScoredEdit(Edit):
     """Attribute, select, change. Several concepts: each its own scores, then all that was chosen.
 
     `store` keeps the scores on disk; None computes them every time.
@@ -116,7 +116,7 @@ class _ScoredEdit(Edit):
         chosen: dict[str, Tensor] = {}
         cost = Cost()
         for objective in objectives:
-            scored = self._scored(model, objective)
+            scored = self.scored(model, objective)
             with measure(model.device) as selecting:
                 for name, indices in self.selection.indices(scored.scores, self.sign).items():
                     chosen[name] = _union(chosen[name], indices) if name in chosen else indices
@@ -131,13 +131,14 @@ class _ScoredEdit(Edit):
     def change(self, indices: Tensor) -> Change:
         """What becomes of the chosen components."""
 
-    def _scored(self, model: DiffusionModel, objective: Objective) -> Scored:
+    def scored(self, model: DiffusionModel, objective: Objective) -> Scored:
+        """What is chosen from: scores from the store, or computed (and kept, if there is one)."""
         if self.store is None:
             return compute_scores(model, objective, self.attribution)
         return self.store.scored(model, objective, self.attribution)
 
 
-class _ErasingEdit(_ScoredEdit):
+class _ErasingEdit(ScoredEdit):
     """Chooses by Eq. 4. `weighting` of its timesteps: "model" | "epsilon" (`EraseObjective`)."""
 
     def __init__(
@@ -165,7 +166,7 @@ class CADErase(_ErasingEdit):
         return Zero(indices)
 
 
-class CADAmplify(_ScoredEdit):
+class CADAmplify(ScoredEdit):
     """Algorithm 2: zeroes the components that suppress the concept most (Eq. 5's negative ones)."""
 
     name = "amplify"

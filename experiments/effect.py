@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from cad.components import component_weights
 from cad.concepts import Concept
-from cad.edits import CADAmplify, CADErase, CADRescale, Edit
+from cad.edits import Edit, ScoredEdit
 from cad.effects import EffectCorrelation, effect_correlation
 from cad.errors import UserError
 from cad.models.base import DiffusionModel
 
-SCORED = (CADErase, CADAmplify, CADRescale)  # the edits that choose by attribution scores
-
 
 def check_effects(model: DiffusionModel, method: Edit, share: float) -> None:
     """Raise UserError for a method without scores, or an ablation of less than one weight."""
-    if not isinstance(method, SCORED):
-        raise UserError(f"effect.count: edit={method.name} makes no scores to check")
+    method = _scored_edit(method)
     weights = component_weights(model, method.attribution.component)
     total = sum(weight.numel() for weight in weights.values())
     if round(share * total) < 1:
@@ -33,12 +30,15 @@ def correlate_effects(
     Each removes a random `share` of the component's weights; the scores are those that the edit was
     chosen from. Raises UserError for a method that has no scores.
     """
-    if not isinstance(method, SCORED):
-        raise UserError(f"effect.count={count}: edit={method.name} makes no scores to check")
+    method = _scored_edit(method)
     objective = method.objective(concept)
-    scores = None
-    if method.store is not None:
-        scores = method.store.scored(model, objective, method.attribution).scores
+    scores = method.scored(model, objective).scores
     return effect_correlation(
         model, objective, method.attribution, count=count, share=share, seed=seed, scores=scores
     )
+
+
+def _scored_edit(method: Edit) -> ScoredEdit:
+    if not isinstance(method, ScoredEdit):
+        raise UserError(f"effect.count: edit={method.name} makes no scores to check")
+    return method
