@@ -28,6 +28,7 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 WIDTHS = (24, 48, 96, 128)
 BLOCKS = 2
+SIZE = 72  # pixels
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -37,7 +38,7 @@ class SmallResNet(nn.Module):
 
     `forward` returns logits (N, len(classes)), `features` the pooled last stage (N, feature_dim).
     `mean` and `std` (of each channel, on the [0, 1] scale) are applied inside and are part of the
-    configuration, not of the state dict.
+    configuration, not of the state dict. In evaluation mode images are first resized to `size`.
     """
 
     mean: Tensor
@@ -50,11 +51,13 @@ class SmallResNet(nn.Module):
         std: Sequence[float] = IMAGENET_STD,
         widths: Sequence[int] = WIDTHS,
         blocks: int = BLOCKS,
+        size: int = SIZE,
     ) -> None:
         super().__init__()
         self.classes = tuple(classes)
         self.widths = tuple(widths)
         self.blocks = blocks
+        self.size = size
         self.feature_dim = self.widths[-1]
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
@@ -74,10 +77,12 @@ class SmallResNet(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """Pooled activations (N, feature_dim) of images (N, 3, H, W) in [0, 1]."""
-        x = (x - self.mean) / self.std  # (N, 3, 64, 64)
+        if not self.training:
+            x = resize(x, self.size)  # (N, 3, 72, 72)
+        x = (x - self.mean) / self.std
         x = x.contiguous(memory_format=torch.channels_last)
-        x = F.relu(self.stem(x))  # (N, 24, 32, 32)
-        x = self.stages(x)  # (N, 128, 4, 4)
+        x = F.relu(self.stem(x))  # (N, 24, 36, 36)
+        x = self.stages(x)  # (N, 128, 5, 5)
         return x.mean(dim=(2, 3))  # (N, 128)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -106,6 +111,13 @@ class BasicBlock(nn.Module):
         return F.relu(self.bn2(self.conv2(hidden)) + self.shortcut(x))
 
 
+def resize(x: Tensor, size: int) -> Tensor:
+    """Images (N, 3, H, W) in [0, 1] as (N, 3, size, size), bicubic, antialiased."""
+    if x.shape[2:] == (size, size):
+        return x
+    return F.interpolate(x, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
+
+
 def save_classifier(folder: Path, network: SmallResNet, dtype: torch.dtype = torch.float32) -> None:
     """Write `network` as a classifier folder; floating-point weights are stored as `dtype`.
 
@@ -116,6 +128,7 @@ def save_classifier(folder: Path, network: SmallResNet, dtype: torch.dtype = tor
         "architecture": ARCHITECTURE,
         "widths": list(network.widths),
         "blocks": network.blocks,
+        "size": network.size,
         "classes": list(network.classes),
         "mean": [round(value, 6) for value in network.mean.flatten().tolist()],
         "std": [round(value, 6) for value in network.std.flatten().tolist()],
@@ -141,7 +154,7 @@ def load_classifier(folder: Path) -> SmallResNet:
         if not (folder / name).is_file():
             raise UserError(f"classifier folder {folder} has no {name}")
     config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    wanted = {"architecture", "widths", "blocks", "classes", "mean", "std"}
+    wanted = {"architecture", "widths", "blocks", "size", "classes", "mean", "std"}
     if set(config) != wanted:
         raise UserError(
             f"{folder / CONFIG_FILE} has the keys {sorted(config)}; expected {sorted(wanted)}"

@@ -1,4 +1,4 @@
-"""Stage 3: the autoencoder between 64 x 64 pixels and 8 x 8 latents.
+"""Stage 3: the autoencoder between 64 x 64 pixels and the latents.
 
 L1 on pixels and on their gradients, a perceptual term on the classifier's features (Johnson et
 al., 2016; as LPIPS, unit-normalised over channels), and a light pull of the latents towards a
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from evaluation.evaluators.perceptual import feature_distance, stage_maps
 from evaluation.evaluators.small_resnet import SmallResNet, load_classifier
 from experiments.miniature.classifier import typical
 from experiments.miniature.clip import draw_styles, stylise
@@ -46,7 +47,7 @@ def run(
         pixels = stylise(pixels, draw_styles(len(pixels), styled, generator))
         pixels = workshop.place(pixels).contiguous(memory_format=torch.channels_last)
         posterior = network.encode(pixels * 2 - 1).latent_dist
-        latents = posterior.sample()  # (B, C, 8, 8)
+        latents = posterior.sample()  # (B, C, h, w)
         drawn = network.decode(latents).sample.float() / 2 + 0.5
         return (
             F.l1_loss(drawn, pixels)
@@ -73,6 +74,7 @@ def build_autoencoder(
         layers_per_block=1,
         norm_num_groups=groups,
         sample_size=64,
+        mid_block_add_attention=False,  # convolutions alone: the cheaper, and it misses nothing
     )
     return network.to(memory_format=torch.channels_last)
 
@@ -84,23 +86,10 @@ def gradient_loss(drawn: Tensor, pixels: Tensor) -> Tensor:
 
 
 def perceptual_loss(judge: SmallResNet, drawn: Tensor, pixels: Tensor) -> Tensor:
-    """Mean squared distance of unit-normalised feature maps after the first three stages."""
-    total = drawn.new_zeros(())
+    """Mean distance of the feature maps after the classifier's first three stages."""
     with torch.no_grad():
-        wanted = _feature_maps(judge, pixels)
-    for ours, theirs in zip(_feature_maps(judge, drawn), wanted, strict=True):
-        difference = F.normalize(ours.float(), dim=1) - F.normalize(theirs.float(), dim=1)
-        total = total + difference.pow(2).sum(1).mean()
-    return total
-
-
-def _feature_maps(judge: SmallResNet, pixels: Tensor) -> list[Tensor]:
-    x = F.relu(judge.stem((pixels - judge.mean) / judge.std))
-    maps = []
-    for stage in list(judge.stages)[:3]:
-        x = stage(x)
-        maps.append(x)
-    return maps
+        wanted = stage_maps(judge, pixels)[:3]
+    return feature_distance(stage_maps(judge, drawn)[:3], wanted).mean()
 
 
 def kl_per_element(mean: Tensor, logvar: Tensor) -> Tensor:

@@ -11,8 +11,14 @@ import logging
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.transforms import v2
 
-from evaluation.evaluators.small_resnet import SmallResNet, load_classifier, save_classifier
+from evaluation.evaluators.small_resnet import (
+    SmallResNet,
+    load_classifier,
+    resize,
+    save_classifier,
+)
 from experiments.miniature.captions import SUBJECTS
 from experiments.miniature.data import SIZE, Photographs
 from experiments.miniature.stages import Workshop
@@ -21,10 +27,35 @@ from experiments.miniature.training import Schedule, train
 log = logging.getLogger(__name__)
 
 PADDING = 8  # pixels of reflected border that random crops may reach into
+TRAINING_SIZE = 56  # pixels; smaller than photographs are judged at: crops enlarge what they show
 
 
-def run(workshop: Workshop, schedule: Schedule, label_smoothing: float) -> dict[str, float]:
-    """Train, write workshop.folder/classifier/, and return the held-out accuracy in [0, 1]."""
+crop_and_jitter = v2.Compose(
+    [
+        v2.RandomResizedCrop(TRAINING_SIZE, scale=(0.35, 1.0)),
+        v2.RandomHorizontalFlip(),
+        v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3),
+        v2.ToDtype(torch.float32, scale=True),
+    ]
+)
+"""One photograph (3, 64, 64) uint8 -> (3, 56, 56) float32 in [0, 1].
+
+Training crops show things larger than life, which a larger size at test time makes up for:
+Touvron et al., "Fixing the train-test resolution discrepancy" (2019).
+"""
+
+cut_mix = v2.CutMix(num_classes=len(SUBJECTS))
+mix_up = v2.MixUp(alpha=0.2, num_classes=len(SUBJECTS))
+
+
+def run(
+    workshop: Workshop, schedule: Schedule, label_smoothing: float, settling: int
+) -> dict[str, float]:
+    """Train, write workshop.folder/classifier/, and return the held-out accuracy in [0, 1].
+
+    In the last `settling` steps the photographs are whole and unmixed, at the size at which they
+    will be judged.
+    """
     folder = workshop.stage("classifier")
     photographs = workshop.photographs("train")
     network = workshop.place(SmallResNet(tuple(SUBJECTS)))
@@ -32,10 +63,15 @@ def run(workshop: Workshop, schedule: Schedule, label_smoothing: float) -> dict[
 
     def loss(generator: torch.Generator, step: int) -> Tensor:
         index, labels = balanced_batch(by_class, schedule.batch_size, generator)
-        pixels = augment(photographs.pixels(index), generator)
+        if step < schedule.steps - settling:
+            pixels = torch.stack([crop_and_jitter(image) for image in photographs.images[index]])
+            pixels, targets = mix(pixels, labels)
+        else:
+            pixels = resize(augment(photographs.pixels(index), generator), network.size)
+            targets = F.one_hot(labels, len(SUBJECTS)).float()
         logits = network(workshop.place(pixels))
         return F.cross_entropy(
-            logits.float(), workshop.place(labels), label_smoothing=label_smoothing
+            logits.float(), workshop.place(targets), label_smoothing=label_smoothing
         )
 
     average = train(network, loss, schedule, folder, workshop.seed)
@@ -56,6 +92,18 @@ def balanced_batch(
         [by_class[c][int(d * len(by_class[c]))] for c, d in zip(labels, draws, strict=True)]
     )
     return index, labels
+
+
+def mix(pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """A batch as it is, or its pictures mixed in pairs, with soft labels (B, classes)."""
+    draw = torch.rand(()).item()
+    if draw < 0.4:
+        mixed: tuple[Tensor, Tensor] = cut_mix(pixels, labels)
+        return mixed
+    if draw < 0.7:
+        mixed = mix_up(pixels, labels)
+        return mixed
+    return pixels, F.one_hot(labels, len(SUBJECTS)).float()
 
 
 def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:

@@ -23,6 +23,7 @@ def run(
     workshop: Workshop,
     schedule: Schedule,
     channels: tuple[int, ...],
+    plain_levels: int,
     heads: int,
     groups: int,
     styled: float,
@@ -41,14 +42,22 @@ def run(
     states = CaptionStates(workshop)
     by_class = [(labels == c).nonzero().squeeze(1) for c in range(len(SUBJECTS))]
     network = workshop.place(
-        build_denoiser(latents.shape[2], channels, heads, groups, states.width)
+        build_denoiser(
+            latents.shape[2],
+            latents.shape[3],
+            channels,
+            plain_levels=plain_levels,
+            heads=heads,
+            groups=groups,
+            text_width=states.width,
+        )
     )
     noise_schedule = build_scheduler()
 
     def loss(generator: torch.Generator, step: int) -> Tensor:
         n = schedule.batch_size
         index, styles = draw_pictures(by_class, n, styled, generator)
-        x_0 = workshop.place(latents[index, styles].float() * scale)  # (B, C, 8, 8)
+        x_0 = workshop.place(latents[index, styles].float() * scale)  # (B, C, h, w)
         c = states.draw(labels[index], styles, subjectless, dropped, generator)  # (B, L, D)
         noise = workshop.place(torch.randn(x_0.shape, generator=generator))
         t = workshop.place(stratified_timesteps(n, generator))
@@ -63,16 +72,27 @@ def run(
 
 
 def build_denoiser(
-    latent_channels: int, channels: tuple[int, ...], heads: int, groups: int, text_width: int
+    latent_channels: int,
+    latent_size: int,
+    channels: tuple[int, ...],
+    plain_levels: int,
+    heads: int,
+    groups: int,
+    text_width: int,
 ) -> UNet2DConditionModel:
-    """An untrained UNet with a transformer block after every residual block."""
+    """An untrained UNet, one residual block a level and way, a transformer block after each.
+
+    The first `plain_levels` levels, of the highest resolution, have no transformers: there they
+    would cost the most, and what they would add, the next level has.
+    """
+    inner = len(channels) - plain_levels
     return UNet2DConditionModel(
-        sample_size=8,
+        sample_size=latent_size,
         in_channels=latent_channels,
         out_channels=latent_channels,
         block_out_channels=tuple(channels),
-        down_block_types=("CrossAttnDownBlock2D",) * len(channels),
-        up_block_types=("CrossAttnUpBlock2D",) * len(channels),
+        down_block_types=("DownBlock2D",) * plain_levels + ("CrossAttnDownBlock2D",) * inner,
+        up_block_types=("CrossAttnUpBlock2D",) * inner + ("UpBlock2D",) * plain_levels,
         layers_per_block=1,
         cross_attention_dim=text_width,
         attention_head_dim=heads,  # number of heads, as in Stable Diffusion 1's configuration

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import tempfile
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,7 +22,6 @@ import hydra
 import numpy as np
 import torch
 from hydra.utils import instantiate
-from nudenet import NudeDetector
 from omegaconf import DictConfig
 from PIL import Image
 
@@ -45,9 +45,8 @@ from experiments.miniature.train import exit_status
 
 log = logging.getLogger(__name__)
 
-FACE_LABELS = {"FACE_FEMALE", "FACE_MALE"}
-FACE_SCORE = 0.5  # NudeNet's score above which a detection counts, as in the paper
 CONTACT_COLUMNS = 12
+SPEED_BATCHES = 3
 
 register_resolvers()
 
@@ -60,25 +59,21 @@ def main(config: DictConfig) -> None:
     n, seed = config.images_per_class, config.seed
     accuracy: Evaluator = instantiate(config.model.evaluators.object.accuracy)
     style_accuracy: Evaluator = instantiate(config.model.evaluators.style.style_accuracy)
+    face: Evaluator = instantiate(config.face)
     subjects = ObjectPrompts(SUBJECTS, n, seed)
-    things, speed = draw(model, subjects, settings, root)
-    styles, _ = draw(model, StylePrompts(STYLES, SUBJECTS, n, seed), settings, root)
-    faces, _ = draw(
-        model,
-        ObjectPrompts({"face": "face"}, n, seed, template="a photo of {subject}"),
-        settings,
-        root,
-    )
+    things = draw(model, subjects, settings, root)
+    styles = draw(model, StylePrompts(STYLES, SUBJECTS, n, seed), settings, root)
+    faces = ObjectPrompts({"face": "face"}, n, seed, template="a photo of {subject}")
     result: dict[str, Any] = {
         "images_per_class": n,
         "seed": seed,
         "sampler": asdict(settings),
-        "images_per_second": speed,
+        "images_per_second": throughput(model, settings),
         "threads": torch.get_num_threads(),
         "accuracy": by_group(accuracy, things),
         "style_accuracy": by_group(style_accuracy, styles),
         "no_style": by_group(style_accuracy, as_photographs(things))[NO_STYLE],
-        "nudenet_face": share(detect_faces(faces)),
+        "nudenet_face": by_group(face, draw(model, faces, settings, root))["mean"],
     }
     if config.parquet is not None:
         result["classifier_validation"] = validate(config.parquet, weights / "classifier")
@@ -90,16 +85,20 @@ def main(config: DictConfig) -> None:
 
 def draw(
     model: DiffusionModel, prompts: PromptSet, settings: SamplerSettings, root: Path
-) -> tuple[ImageSet, float | None]:
-    """The image set and the images per second it was made with (None if it was there)."""
-    prompt_list = prompts.build()
+) -> ImageSet:
+    """The set's images by the unedited model."""
     concept = Concept(name="none", kind="object", text="none", prompt="none")
-    before = time.perf_counter()
-    known = set(root.glob("*")) if root.exists() else set()
-    images = generate(model, NoEdit()(model, concept), prompt_list, settings, root)
-    seconds = time.perf_counter() - before
-    made = images.folder not in known
-    return images, round(len(images) / seconds, 2) if made else None
+    return generate(model, NoEdit()(model, concept), prompts.build(), settings, root)
+
+
+def throughput(model: DiffusionModel, settings: SamplerSettings) -> float:
+    """Images per second over a few batches made anew, files included."""
+    per_subject = -(-SPEED_BATCHES * settings.batch_size // len(SUBJECTS))
+    prompts = ObjectPrompts(SUBJECTS, per_subject, seed=0)
+    with tempfile.TemporaryDirectory() as folder:
+        before = time.perf_counter()
+        images = draw(model, prompts, settings, Path(folder))
+        return round(len(images) / (time.perf_counter() - before), 2)
 
 
 def by_group(evaluator: Evaluator, images: ImageSet) -> dict[str, dict[str, float]]:
@@ -124,16 +123,6 @@ def validate(parquet: str, folder: Path) -> dict[str, float]:
     held_out = load_photographs(parquet, folder)["val"]
     best = predict(load_classifier(folder), held_out).argmax(1)
     return share((best == held_out.labels).tolist())
-
-
-def detect_faces(images: ImageSet) -> list[bool]:
-    """Whether NudeNet finds a face in each image. It reads files, hence BGR, as it wants them."""
-    detector = NudeDetector()
-    found = []
-    for index in range(len(images)):
-        detections = detector.detect(str(images.path(index)))
-        found.append(any(d["class"] in FACE_LABELS and d["score"] > FACE_SCORE for d in detections))
-    return found
 
 
 def share(hits: list[bool]) -> dict[str, float]:

@@ -3,7 +3,7 @@
 pipeline/               StableDiffusionPipeline, half precision, safetensors
 clip/                   CLIPModel and its tokenizer
 classifier/             the classifier folder of `evaluation.evaluators.small_resnet`
-references.safetensors  {subject: (5, C, 8, 8) float16}, scaled latents of held-out photographs
+references.safetensors  {subject: (5, C, h, w) float16}, scaled latents of held-out photographs
 features.safetensors    mean and covariance of the classifier's features on held-out photographs
 training.json           how each stage was trained and what it scored
 """
@@ -14,11 +14,14 @@ import json
 import logging
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
+from evaluation.evaluators.feature_statistics import FeatureStatistics
+from evaluation.evaluators.features import ClassifierFeatures
 from evaluation.evaluators.small_resnet import load_classifier, save_classifier
 from experiments.miniature.captions import SUBJECTS
 from experiments.miniature.classifier import typical
@@ -45,7 +48,7 @@ def run(workshop: Workshop, output: str) -> dict[str, float]:
     classifier = load_classifier(workshop.stage("classifier"))
     save_classifier(target / "classifier", classifier, dtype=torch.float16)
     save_file(references(workshop, pipeline), target / "references.safetensors")
-    save_file(feature_statistics(workshop), target / "features.safetensors")
+    write_feature_statistics(workshop, target)
     stages = {name: entry for name, entry in workshop.reported().items() if name != "export"}
     training = json.dumps(stages, indent=2) + "\n"
     (target / "training.json").write_text(training)
@@ -81,20 +84,15 @@ def references(workshop: Workshop, pipeline: StableDiffusionPipeline) -> dict[st
     index = typical(classifier, held_out, REFERENCES_PER_SUBJECT)
     vae = pipeline.vae.float()
     latents = vae.encode(held_out.pixels(index) * 2 - 1).latent_dist.mode()
-    scaled = (latents * vae.config.scaling_factor).half()  # (11 * 5, C, 8, 8)
+    scaled = (latents * vae.config.scaling_factor).half()  # (11 * 5, C, h, w)
     vae.half()
     parts = scaled.unflatten(0, (len(SUBJECTS), REFERENCES_PER_SUBJECT))
     return {name: part.contiguous() for name, part in zip(SUBJECTS, parts, strict=True)}
 
 
-def feature_statistics(workshop: Workshop) -> dict[str, torch.Tensor]:
-    """FID's reference: mean (D,), covariance (D, D) float64, and count, of held-out features."""
-    held_out = workshop.photographs("val")
-    network = load_classifier(workshop.stage("classifier"))
-    parts = torch.arange(len(held_out)).split(512)
-    features = torch.cat([network.features(held_out.pixels(i)) for i in parts]).double()
-    return {
-        "mean": features.mean(0),
-        "covariance": features.T.cov(),
-        "count": torch.tensor(len(held_out)),
-    }
+def write_feature_statistics(workshop: Workshop, target: Path) -> None:
+    """FID's reference: the held-out photographs' features, as the shipped classifier sees them."""
+    extractor = ClassifierFeatures(target / "classifier", "cpu")
+    images = workshop.photographs("val").images.permute(0, 2, 3, 1).numpy()  # (N, H, W, 3)
+    parts = [extractor.features(part) for part in np.array_split(images, len(images) // 512 + 1)]
+    FeatureStatistics.of(np.concatenate(parts)).save(target / "features.safetensors", extractor)

@@ -18,7 +18,7 @@ from experiments.miniature.stages import Workshop
 def run(workshop: Workshop, per_subject: int) -> dict[str, float]:
     """Write workshop.folder/latents/latents.safetensors.
 
-    `latents` (M, styles + 1, C, 8, 8) float16, unscaled, the plain photograph last;
+    `latents` (M, styles + 1, C, h, w) float16, unscaled, the plain photograph last;
     `labels` (M,) int64; M = subjects x per_subject, fewer where a subject has fewer.
     """
     network = workshop.place(AutoencoderKL.from_pretrained(workshop.stage("autoencoder")))
@@ -30,7 +30,7 @@ def run(workshop: Workshop, per_subject: int) -> dict[str, float]:
         pixels = photographs.pixels(chosen)
         versions = [stylise(pixels, torch.full((len(pixels),), s)) for s in range(PLAIN + 1)]
         stack = workshop.place(torch.cat(versions))
-        moments = network.encode(stack * 2 - 1).latent_dist.mode()  # ((S+1) * B, C, 8, 8)
+        moments = network.encode(stack * 2 - 1).latent_dist.mode()  # ((S+1) * B, C, h, w)
         parts.append(moments.unflatten(0, (PLAIN + 1, -1)).transpose(0, 1).half().cpu())
     latents = torch.cat(parts)
     save_file(

@@ -11,10 +11,23 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from cad.errors import UserError
+from evaluation.files import write_atomically
+from experiments.config import short_hash
 from experiments.miniature.data import Photographs, load_photographs
 from experiments.miniature.training import SITTINGS_FILE
 
 log = logging.getLogger(__name__)
+
+MADE_FROM_FILE = "made_from.json"
+INPUTS: dict[str, tuple[str, ...]] = {  # the stages whose results a stage starts from
+    "classifier": (),
+    "clip": (),
+    "autoencoder": ("classifier",),
+    "latents": ("classifier", "autoencoder"),
+    "denoiser": ("clip", "latents"),
+    "export": ("classifier", "clip", "autoencoder", "latents", "denoiser"),
+}
 
 Placeable = TypeVar("Placeable", bound=Tensor | nn.Module)
 
@@ -51,9 +64,42 @@ class Workshop:
         return self.folder / "report.json"
 
     def is_done(self, stage: str, settings: Any) -> bool:
-        """Whether the stage was finished with these very settings."""
+        """Whether the stage was finished with these very settings, from what there is now."""
         entry = self.reported().get(stage)
-        return entry is not None and entry["settings"] == settings
+        return (
+            entry is not None
+            and entry["settings"] == settings
+            and self._begun_from(stage) == self._inputs(stage)
+        )
+
+    def begin(self, stage: str) -> None:
+        """Note what the stage is made from, before its first step.
+
+        Raises UserError if an earlier stage is not finished, or if this one was begun from other
+        results than there are now: its checkpoint does not fit them.
+        """
+        missing = [name for name in INPUTS[stage] if name not in self.reported()]
+        if missing:
+            raise UserError(f"stages: {stage} needs {', '.join(missing)} first")
+        inputs, begun = self._inputs(stage), self._begun_from(stage)
+        if begun is not None and begun != inputs:
+            raise UserError(
+                f"{self.stage(stage)} was begun from other results of {', '.join(INPUTS[stage])} "
+                "than there are now; delete it to do this stage anew"
+            )
+        write_atomically(self.stage(stage) / MADE_FROM_FILE, json.dumps(inputs).encode())
+
+    def _inputs(self, stage: str) -> dict[str, str]:
+        """What names the present results that the stage starts from."""
+        reported = self.reported()
+        return {name: short_hash(reported[name]) for name in INPUTS[stage] if name in reported}
+
+    def _begun_from(self, stage: str) -> dict[str, str] | None:
+        path = self.folder / stage / MADE_FROM_FILE
+        if not path.exists():
+            return None
+        begun: dict[str, str] = json.loads(path.read_text())
+        return begun
 
     def report(self, stage: str, settings: Any, figures: dict[str, Any]) -> None:
         """Enter a finished stage in report.json."""
@@ -63,9 +109,7 @@ class Workshop:
         if sittings.exists():
             lines = sittings.read_text().splitlines()
             report[stage]["sittings"] = [json.loads(line) for line in lines]
-        temporary = self.report_file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(report, indent=2) + "\n")
-        temporary.replace(self.report_file)
+        write_atomically(self.report_file, (json.dumps(report, indent=2) + "\n").encode())
         log.info("%s done: %s", stage, figures)
 
     def reported(self) -> dict[str, dict[str, Any]]:

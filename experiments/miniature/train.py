@@ -5,7 +5,8 @@
     python -m experiments.miniature.train denoiser.schedule.steps=60000 device=cuda
 
 Every stage resumes from its last checkpoint, and is skipped if it was finished with the same
-settings. With others it goes on from where it was: delete its folder to start it anew.
+settings from the same earlier results. With other settings it goes on from where it was; from other
+results it refuses to: delete its folder to start it anew.
 """
 
 from __future__ import annotations
@@ -23,11 +24,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from cad.errors import UserError
 from experiments.experiment import quiet_libraries
-from experiments.miniature.stages import Workshop
+from experiments.miniature.stages import INPUTS, Workshop
 
 log = logging.getLogger(__name__)
 
-STAGES = ("classifier", "clip", "autoencoder", "latents", "denoiser", "export")
 USAGE_ERROR = 2  # exit status
 
 
@@ -49,9 +49,9 @@ def main(config: DictConfig) -> None:
 def run_stages(config: DictConfig) -> None:
     """Run the stages of `config` that are not done yet, in their order."""
     quiet_libraries()
-    unknown = set(config.stages) - set(STAGES)
+    unknown = set(config.stages) - set(INPUTS)
     if unknown:
-        raise UserError(f"stages={list(config.stages)}: {sorted(unknown)} not in {list(STAGES)}")
+        raise UserError(f"stages={list(config.stages)}: {sorted(unknown)} not in {list(INPUTS)}")
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -62,13 +62,15 @@ def run_stages(config: DictConfig) -> None:
         seed=config.seed,
         device=device,
     )
-    for stage in STAGES:
+    for stage in INPUTS:
         if stage not in config.stages:
             continue
         settings = OmegaConf.to_container(config[stage], resolve=True)
         if stage != "export" and workshop.is_done(stage, settings):
             log.info("%s: done with these settings, says %s", stage, workshop.report_file)
             continue
+        if stage != "export":
+            workshop.begin(stage)
         module = importlib.import_module(f"experiments.miniature.{stage}")
         figures = module.run(workshop, **instantiate(config[stage], _convert_="all"))
         workshop.report(stage, settings, figures)

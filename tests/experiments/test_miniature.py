@@ -181,12 +181,13 @@ def test_bad_parquets_are_refused(parquet, tmp_path, change, message) -> None:  
 
 TINY = [
     "per_subject=1",
+    "classifier.settling=1",
     *(f"{stage}.schedule.steps=2" for stage in ("classifier", "clip", "autoencoder", "denoiser")),
     *(
         f"{stage}.schedule.batch_size=4"
         for stage in ("classifier", "clip", "autoencoder", "denoiser")
     ),
-    "autoencoder.channels=[8,8,8,8]",
+    "autoencoder.channels=[8,8,8]",
     "denoiser.channels=[16,16]",
     "clip.text.num_hidden_layers=1",
     "clip.vision.num_hidden_layers=1",
@@ -220,6 +221,21 @@ def test_all_stages_end_in_a_pipeline_that_loads(parquet: Path, tmp_path: Path) 
 def test_a_stage_is_done_only_with_the_settings_it_was_done_with(tmp_path: Path) -> None:
     workshop = Workshop(tmp_path, None, tmp_path, seed=0, device="cpu")
     assert not workshop.is_done("classifier", {"steps": 1})
+    workshop.begin("classifier")
     workshop.report("classifier", {"steps": 1}, {"validation_accuracy": 0.9})
     assert workshop.is_done("classifier", {"steps": 1})
     assert not workshop.is_done("classifier", {"steps": 2})
+
+
+def test_a_stage_is_not_taken_up_from_other_results(tmp_path: Path) -> None:
+    workshop = Workshop(tmp_path, None, tmp_path, seed=0, device="cpu")
+    with pytest.raises(UserError, match="autoencoder needs classifier first"):
+        workshop.begin("autoencoder")
+    workshop.report("classifier", {"steps": 1}, {"validation_accuracy": 0.8})
+    workshop.begin("autoencoder")
+    workshop.report("autoencoder", {}, {})
+    assert workshop.is_done("autoencoder", {})
+    workshop.report("classifier", {"steps": 2}, {"validation_accuracy": 0.9})
+    assert not workshop.is_done("autoencoder", {})
+    with pytest.raises(UserError, match="delete it"):
+        workshop.begin("autoencoder")
