@@ -1,11 +1,13 @@
-"""Writes an image set's PNGs and records on a background thread while the next batch is sampled.
+"""Writes an image set's PNGs and records on background threads while the next batch is sampled.
 
-Each PNG is flushed to disk and renamed into place before its record is appended, one after the
-other in the order given, so a process killed at any point leaves at most one unrecorded PNG.
+Several threads compress; one writes, in the order given: a PNG is flushed to disk and renamed into
+place before its record is appended, so a process killed at any point leaves at most one unrecorded
+PNG.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
@@ -21,8 +23,9 @@ from PIL import Image
 
 from cad.errors import UserError
 from evaluation.files import write_atomically
-from evaluation.image_sets import RECORDS_FILE, ImageSet, Written, record_line
+from evaluation.image_sets import WHOLE, ImageSet, Shard, Written, record_line
 
+ENCODERS = 4  # threads that compress; zlib lets Python's other threads run meanwhile
 BATCHES_IN_FLIGHT = 2  # what bounds the memory when the disk is slower than the model
 
 
@@ -33,14 +36,17 @@ class ImageWriter:
     failed write raises UserError from the next `put` or from the end of the block.
     """
 
-    def __init__(self, images: ImageSet) -> None:
+    def __init__(self, images: ImageSet, shard: Shard = WHOLE) -> None:
         self.written: dict[int, Written] = {}
         self._images = images
+        self._shard = shard
         self._pending: deque[Future[None]] = deque()
 
     def __enter__(self) -> Self:
-        self._records = (self._images.folder / RECORDS_FILE).open("ab")
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="image-writer")
+        # Unbuffered: after a failed write nothing is left that closing the file would write again.
+        self._records = (self._images.folder / self._shard.records_file).open("ab", buffering=0)
+        self._encoders = ThreadPoolExecutor(ENCODERS, thread_name_prefix="image-encoder")
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="image-writer")
         return self
 
     def put(self, pixels: Mapping[int, NDArray[np.uint8]], broken: Set[int] = frozenset()) -> None:
@@ -50,7 +56,7 @@ class ImageWriter:
         """
         while len(self._pending) >= BATCHES_IN_FLIGHT:
             self._pending.popleft().result()
-        self._pending.append(self._pool.submit(self._write, pixels, broken))
+        self._pending.append(self._writer.submit(self._write, pixels, broken))
 
     def __exit__(
         self,
@@ -58,7 +64,8 @@ class ImageWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._pool.shutdown(wait=True)
+        self._writer.shutdown(wait=True)
+        self._encoders.shutdown(wait=True)
         self._records.close()
         if kind is None:
             for future in self._pending:
@@ -66,13 +73,11 @@ class ImageWriter:
 
     def _write(self, pixels: Mapping[int, NDArray[np.uint8]], broken: Set[int]) -> None:
         try:
-            for index, image in pixels.items():
-                data = encode_png(image)
+            encoded = self._encoders.map(encode_png, pixels.values())
+            for index, data in zip(pixels, encoded, strict=True):
                 write_atomically(self._images.path(index), data)
                 written = Written(hashlib.sha256(data).hexdigest(), finite=index not in broken)
-                line = record_line(index, self._images.prompts[index], written)
-                self._records.write(line.encode("utf-8"))
-                self._records.flush()
+                self._record(record_line(index, self._images.prompts[index], written))
                 self.written[index] = written
             os.fsync(self._records.fileno())
         except OSError as error:
@@ -80,6 +85,13 @@ class ImageWriter:
                 f"cannot write to {self._images.folder} (paths.results): {error.strerror}. What "
                 "was finished is kept; the same command goes on from there"
             ) from error
+
+    def _record(self, line: str) -> None:
+        data = line.encode("utf-8")
+        if self._records.write(data) < len(
+            data
+        ):  # a disk takes what fits before it says it is full
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def encode_png(image: NDArray[np.uint8]) -> bytes:

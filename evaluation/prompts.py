@@ -1,18 +1,19 @@
 """Which images are asked for: prompts with their seeds, built from templates.
 
-A prompt set is a plug-in: it has a name and builds a list of `Prompt`. Sets that come as files
-are further plug-ins of the same contract. Within a template set, prompts go round the groups
-(first image of every group, second image of every group, ...), so a set with more images of each
-group starts with the smaller set, and any prefix covers the groups evenly.
+A prompt set is a plug-in: it has a name and builds a list of `Prompt`. Published sets come as files
+(`evaluation.prompt_files`), under the same contract. Within a template set, prompts go round the
+groups (first image of every group, second image of every group, ...), so a set with more images of
+each group starts with the smaller set, and any prefix covers the groups evenly.
 """
 
 from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from string import Formatter
+from typing import Any
 
 from cad.errors import UserError
 
@@ -29,6 +30,18 @@ class Prompt:
     text: str
     seed: int
     group: str
+    guidance: float | None = None  # classifier-free guidance weight; None: the sampler's
+    size: tuple[int, int] | None = None  # height, width in pixels; None: the model's own
+    truncate: bool = False  # cut what the text encoder does not take, instead of refusing it
+    id: str | None = None  # what the set's source calls it, such as COCO's image_id
+
+    def own_settings(self) -> dict[str, Any]:
+        """What this image asks for beside text and seed, as JSON data; {} where it asks nothing."""
+        wanted = {
+            "guidance": None if self.guidance is None else float(self.guidance),
+            "size": None if self.size is None else list(self.size),
+        }
+        return {name: value for name, value in wanted.items() if value is not None}
 
 
 class PromptSet(ABC):
@@ -107,6 +120,57 @@ class StylePrompts(PromptSet):
         ]
 
 
+@dataclass(frozen=True)
+class CaptionPrompts(PromptSet):
+    """`count` captions of mixed wording, one group: what a model must still draw after an edit.
+
+    Caption i is of subject i mod S; subject by subject, in turns, it is plain ("a photo of a
+    church") or in a style ("an image of a church in the style of pop art"), and goes round the
+    styles and the wordings. A larger set starts with the smaller one. `subjects` and `styles` are
+    {name: text}; without styles all captions are plain.
+    """
+
+    subjects: Mapping[str, str]
+    styles: Mapping[str, str]
+    templates: Sequence[str]  # of a plain caption; {subject} stands for article and text
+    style_suffix: str  # what a caption in a style ends with; {style} stands for its text
+    count: int
+    seed: int
+    name: str = "captions"
+
+    def __post_init__(self) -> None:
+        _check_names(self.subjects, "prompts.subjects")
+        if self.styles:
+            _check_names(self.styles, "prompts.styles")
+        if not self.templates:
+            raise UserError("prompts.templates is empty; it lists wordings: [a photo of {subject}]")
+        for template in self.templates:
+            _check_template(template, {"subject"}, "prompts.templates")
+        _check_template(self.style_suffix, {"style"}, "prompts.style_suffix")
+        if self.count < 1:
+            raise UserError(f"prompts.count={self.count} must be at least 1")
+
+    def build(self) -> list[Prompt]:
+        return [
+            Prompt(self._caption(index), derive_seed(self.seed, self.name, index), self.name)
+            for index in range(self.count)
+        ]
+
+    def _caption(self, index: int) -> str:
+        turn, subject = divmod(index, len(self.subjects))
+        styled = bool(self.styles) and (turn + subject) % 2 == 1
+        # Of this subject the nth plain or the nth styled caption; n goes through all pairs.
+        n = turn // 2 if self.styles else turn
+        cycle, style = divmod(n, max(len(self.styles), 1))
+        template = self.templates[(cycle + style) % len(self.templates)]
+        text = template.format(subject=with_article(list(self.subjects.values())[subject]))
+        if not styled:
+            return text
+        # Offset by the subject, so that one turn of all subjects shows all styles.
+        chosen = list(self.styles.values())[(style + subject) % len(self.styles)]
+        return text + self.style_suffix.format(style=chosen)
+
+
 def build_prompts(prompt_set: PromptSet) -> list[Prompt]:
     """The set's prompts. UserError if there are none or one is empty."""
     prompts = prompt_set.build()
@@ -142,8 +206,8 @@ def _check_count(images_per_class: int) -> None:
         raise UserError(f"images_per_class={images_per_class} must be at least 1")
 
 
-def _check_template(template: str, fields: set[str]) -> None:
+def _check_template(template: str, fields: set[str], key: str = "prompts.template") -> None:
     found = {field for _, field, _, _ in Formatter().parse(template) if field is not None}
     if found != fields:
         wanted = ", ".join(f"{{{field}}}" for field in sorted(fields))
-        raise UserError(f"prompts.template={template!r} must hold exactly these fields: {wanted}")
+        raise UserError(f"{key}={template!r} must hold exactly these fields: {wanted}")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,19 +21,22 @@ from toy_model import NO_CHANGE, ToyModel, knock_out
 
 from cad import runtime
 from cad.errors import UserError
-from cad.models.base import DiffusionModel
+from cad.models.base import Conditioning, DiffusionModel
 from cad.models.stable_diffusion import StableDiffusionModel
 from cad.weight_edit import Replace, WeightEdit
 from evaluation import generation, image_writer
 from evaluation.generation import (
     SamplerSettings,
     _to_pixels,
+    check_prompts,
     describe_set,
     generate,
     partition,
+    plan_batches,
     set_key,
 )
-from evaluation.image_sets import ImageSet
+from evaluation.image_sets import ImageSet, Shard, Written, verify
+from evaluation.image_writer import ImageWriter
 from evaluation.prompts import Prompt
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -44,6 +49,18 @@ def model() -> ToyModel:
 
 def contents(images: ImageSet) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(images.folder.iterdir())}
+
+
+def record_sampling(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The seeds of every batch that is sampled from now on."""
+    sample, sampled = generation.sample_latents, list[list[int]]()
+
+    def recording(*args: object, **kwargs: object) -> object:
+        sampled.append(args[3])  # type: ignore[arg-type]
+        return sample(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(generation, "sample_latents", recording)
+    return sampled
 
 
 def forbid_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,13 +207,7 @@ def test_only_batches_with_something_missing_are_sampled(
 ) -> None:
     images = generate(model, NO_CHANGE, PROMPTS, SETTINGS, tmp_path)
     images.path(9).unlink()
-    sample, sampled = generation.sample_latents, []
-
-    def recording(*args: object, **kwargs: object) -> object:
-        sampled.append(args[3])
-        return sample(*args, **kwargs)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(generation, "sample_latents", recording)
+    sampled = record_sampling(monkeypatch)
     kept = images.path(8).stat().st_mtime_ns
     generate(model, NO_CHANGE, PROMPTS, SETTINGS, tmp_path)
     assert sampled == [[prompt.seed for prompt in PROMPTS[8:12]]]
@@ -350,3 +361,212 @@ def test_no_prompts_and_an_edit_of_another_model_are_refused(
         generate(model, NO_CHANGE, [], SETTINGS, tmp_path)
     with pytest.raises(UserError, match="other weights"):
         generate(model, knock_out(ToyModel(seed=1)), PROMPTS, SETTINGS, tmp_path)
+
+
+def test_batches_are_of_one_guidance_and_the_first_image_leads(model: ToyModel) -> None:
+    # The sampler's guidance is 2, so an image that asks for 2 goes with those that ask nothing.
+    asked = [None, 5.0, None, 2.0, 5.0, None, 5.0]
+    prompts = [replace(PROMPTS[i], guidance=guidance) for i, guidance in enumerate(asked)]
+    batches = plan_batches(model, prompts, replace(SETTINGS, batch_size=2))
+    assert [(batch.indices, batch.guidance) for batch in batches] == [
+        ((0, 2), 2.0),
+        ((1, 4), 5.0),
+        ((3, 5), 2.0),
+        ((6,), 5.0),
+    ]
+
+
+def test_batches_are_of_one_size(model: ToyModel) -> None:
+    asked = [(8, 16), None, (16, 16), (8, 16), (16, 8)]  # the model's own size is 16 x 16
+    prompts = [replace(PROMPTS[i], size=size) for i, size in enumerate(asked)]
+    batches = plan_batches(model, prompts, SETTINGS)
+    assert [batch.indices for batch in batches] == [(0, 3), (1, 2), (4,)]
+
+
+def test_an_image_is_made_with_its_own_guidance(model: ToyModel, tmp_path: Path) -> None:
+    asked = [None, 7.5, None, 1.0]
+    prompts = [replace(PROMPTS[i], guidance=guidance) for i, guidance in enumerate(asked)]
+    images = generate(model, NO_CHANGE, prompts, SETTINGS, tmp_path)
+    for index, (prompt, picture) in enumerate(images):
+        guidance = asked[index] or SETTINGS.guidance
+        settings = replace(SETTINGS, guidance=guidance, batch_size=1)
+        alone = generate(model, NO_CHANGE, [replace(prompt, guidance=None)], settings, tmp_path)
+        assert np.abs(picture.astype(int) - alone.read(0)).max() <= 1
+    plain = generate(model, NO_CHANGE, PROMPTS[:4], SETTINGS, tmp_path)
+    assert np.abs(plain.read(1).astype(int) - images.read(1)).max() > 1
+
+
+def test_keys_and_records_hold_guidance_and_size_only_where_they_are_asked_for(
+    model: ToyModel, tmp_path: Path
+) -> None:
+    prompts = [PROMPTS[0], replace(PROMPTS[1], guidance=7, size=(16, 16), id="12", truncate=True)]
+    described = describe_set(model, NO_CHANGE, prompts, SETTINGS)["prompts"]
+    own = {"guidance": 7.0, "size": [16, 16]}
+    assert described == [
+        [PROMPTS[0].text, PROMPTS[0].seed],
+        [PROMPTS[1].text, PROMPTS[1].seed, own],
+    ]
+    images = generate(model, NO_CHANGE, prompts, SETTINGS, tmp_path)
+    lines = (images.folder / "records.jsonl").read_text().splitlines()
+    first, second = (json.loads(line) for line in lines)
+    assert list(first) == ["index", "prompt", "seed", "sha256", "finite"]
+    assert second == first | second | own
+    assert verify(images).keys() == {0, 1}
+
+
+def test_another_size_than_the_models_is_refused(model: ToyModel, tmp_path: Path) -> None:
+    prompts = [PROMPTS[0], replace(PROMPTS[1], size=(8, 16)), replace(PROMPTS[2], size=(16, 16))]
+    with pytest.raises(UserError, match=r"8 x 16 pixels .* model=toy makes 16 x 16 only"):
+        generate(model, NO_CHANGE, prompts, SETTINGS, tmp_path)
+    check_prompts(model, [prompts[0], prompts[2]])
+
+
+def test_prompts_are_cut_only_where_they_may_be(
+    model: ToyModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    long = Prompt("a" * 101, 0, "church")
+    with pytest.raises(UserError, match="too long"):
+        check_prompts(model, [long])
+    with caplog.at_level(logging.INFO):
+        prompts = [*PROMPTS[:2], replace(long, truncate=True), replace(long, seed=1, truncate=True)]
+        generate(model, NO_CHANGE, prompts, SETTINGS, tmp_path)
+    assert "1 of 3 distinct prompts are longer" in caplog.text
+
+
+def test_a_set_of_mixed_sizes_is_read_in_pieces_of_one_size(tmp_path: Path) -> None:
+    images = ImageSet(tmp_path, tuple(PROMPTS[:5]))
+    shapes = [(4, 4), (4, 4), (4, 4), (4, 6), (4, 4)]
+    with ImageWriter(images) as writer:
+        writer.put({i: np.full((*shape, 3), i, np.uint8) for i, shape in enumerate(shapes)})
+    pieces = list(images.batches(2))
+    assert [pixels[:, 0, 0, 0].tolist() for _, pixels in pieces] == [[0, 1], [2], [3], [4]]
+    assert [prompt for prompts, _ in pieces for prompt in prompts] == PROMPTS[:5]
+
+
+class SmallMemory(ToyModel):
+    """Holds `most` images at once, each as a conditional and an unconditional input."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most = most
+
+    def predict(self, x_t: torch.Tensor, t: torch.Tensor, c: Conditioning) -> torch.Tensor:
+        if len(x_t) > 2 * self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().predict(x_t, t, c)
+
+
+def test_out_of_memory_halves_the_batch_for_the_rest_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    halves = generate(ToyModel(), NO_CHANGE, PROMPTS, replace(SETTINGS, batch_size=2), tmp_path)
+    sampled = record_sampling(monkeypatch)
+    images = generate(SmallMemory(2), NO_CHANGE, PROMPTS, SETTINGS, tmp_path)
+    assert [len(seeds) for seeds in sampled] == [4, *(11 * [2])]
+    assert caplog.text.count("do not fit") == 1
+    assert "going on with 2. model.sampler.batch_size=2" in caplog.text
+    # Pieces of 2 of batches of 4 are the batches of 2, so here even the bytes are theirs.
+    for index in range(len(images)):
+        assert images.path(index).read_bytes() == halves.path(index).read_bytes()
+
+
+def test_odd_batches_are_halved_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sampled = record_sampling(monkeypatch)
+    settings = replace(SETTINGS, batch_size=5)
+    images = generate(SmallMemory(1), NO_CHANGE, PROMPTS[:5], settings, tmp_path)
+    assert [len(seeds) for seeds in sampled] == [5, 3, 2, 1, 1, 1, 1, 1]
+    assert sampled[3:] == [[prompt.seed] for prompt in PROMPTS[:5]]
+    assert images.missing() == 0
+
+
+def test_one_image_that_does_not_fit_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"does not hold one image of model=toy at 16 pixels"):
+        generate(SmallMemory(0), NO_CHANGE, PROMPTS, SETTINGS, tmp_path)
+
+
+def test_shards_share_the_batches_and_their_union_is_the_whole(
+    model: ToyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = generate(model, NO_CHANGE, PROMPTS, SETTINGS, tmp_path / "whole")
+    sampled = record_sampling(monkeypatch)
+    seeds = [prompt.seed for prompt in PROMPTS]
+    second = generate(model, NO_CHANGE, PROMPTS, SETTINGS, tmp_path / "shards", shard=(1, 4))
+    assert sampled == [seeds[4:8], seeds[20:22]]  # of six batches number 1 and 5
+    assert second.missing() == 22 - 6
+    assert (second.folder / "records-1-of-4.jsonl").exists()
+    for index in (3, 0, 2):
+        generate(model, NO_CHANGE, PROMPTS, SETTINGS, tmp_path / "shards", shard=(index, 4))
+    assert len(sampled) == 6
+    assert contents(second) == contents(whole)
+
+
+def test_shards_run_side_by_side(tmp_path: Path) -> None:
+    whole = generate(ToyModel(), NO_CHANGE, PROMPTS, SETTINGS, tmp_path / "whole")
+
+    def make(index: int) -> None:
+        generate(ToyModel(), NO_CHANGE, PROMPTS, SETTINGS, tmp_path / "shards", (index, 3))
+
+    threads = [threading.Thread(target=make, args=(index,)) for index in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    folder = tmp_path / "shards" / whole.folder.name
+    assert contents(ImageSet(folder, whole.prompts)) == contents(whole)
+
+
+def test_a_whole_run_takes_over_what_shards_made_and_left_half_written(
+    model: ToyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = generate(model, NO_CHANGE, PROMPTS, SETTINGS, tmp_path / "whole")
+    part = generate(model, NO_CHANGE, PROMPTS, SETTINGS, tmp_path / "part", shard=(0, 2))
+    part.path(0).write_bytes(b"altered")
+    (part.folder / ".000004.png.abc.tmp").write_bytes(b"of the other shard, at work")
+    sampled = record_sampling(monkeypatch)
+    generate(model, NO_CHANGE, PROMPTS, SETTINGS, tmp_path / "part", shard=(0, 2))
+    assert sampled == [[prompt.seed for prompt in PROMPTS[:4]]]
+    assert (part.folder / ".000004.png.abc.tmp").exists()
+    sampled.clear()
+    generate(model, NO_CHANGE, PROMPTS, SETTINGS, tmp_path / "part")
+    assert len(sampled) == 3
+    assert contents(part) == contents(whole)
+
+
+@pytest.mark.parametrize(("index", "count"), [(2, 2), (-1, 2), (0, 0)])
+def test_a_shard_that_does_not_exist_is_refused(index: int, count: int) -> None:
+    with pytest.raises(UserError, match=rf"shard {index} of {count} does not exist"):
+        Shard(index, count)
+
+
+def test_records_that_a_full_disk_does_not_take_stop_the_writer(tmp_path: Path) -> None:
+    images = ImageSet(tmp_path, tuple(PROMPTS[:4]))
+    (tmp_path / "records.jsonl").symlink_to("/dev/full")
+    black = np.zeros((4, 4, 3), np.uint8)
+    writer = ImageWriter(images)
+    with pytest.raises(UserError, match="No space left on device"), writer:
+        writer.put({0: black, 1: black})
+    assert writer.written == {}
+
+
+def test_a_record_that_was_half_written_is_not_taken_for_whole(tmp_path: Path) -> None:
+    class AlmostFull:
+        def write(self, data: bytes) -> int:
+            return len(data) - 1
+
+    writer = ImageWriter(ImageSet(tmp_path, tuple(PROMPTS[:4])))
+    writer._records = AlmostFull()  # type: ignore[assignment]
+    with pytest.raises(OSError, match="No space left on device"):
+        writer._record("a line\n")
+
+
+def test_records_of_an_earlier_and_a_later_file_both_vouch(tmp_path: Path) -> None:
+    """Shards of another partition may have recorded an image before it was altered and remade."""
+    images = ImageSet(tmp_path, tuple(PROMPTS[:1]))
+    with ImageWriter(images) as writer:
+        writer.put({0: np.zeros((4, 4, 3), np.uint8)})
+    line = (tmp_path / "records.jsonl").read_text()
+    stale = line.replace(writer.written[0].sha256, "0" * 64)
+    (tmp_path / "records-0-of-2.jsonl").write_text(stale)
+    assert verify(images) == {0: Written(writer.written[0].sha256, finite=True)}
+    assert (tmp_path / "records.jsonl").read_text() == line
+    assert not (tmp_path / "records-0-of-2.jsonl").exists()

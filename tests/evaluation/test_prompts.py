@@ -8,6 +8,7 @@ import pytest
 
 from cad.errors import UserError
 from evaluation.prompts import (
+    CaptionPrompts,
     ObjectPrompts,
     Prompt,
     PromptSet,
@@ -19,6 +20,10 @@ from evaluation.prompts import (
 
 SUBJECTS = {"church": "church", "english_springer": "English springer", "face": "face"}
 STYLES = {"pop_art": "pop art", "woodcut": "woodcut"}
+
+
+TEMPLATES = ("a photo of {subject}", "a picture of {subject}")
+SUFFIX = " in the style of {style}"
 
 
 class FixedPrompts(PromptSet):
@@ -102,3 +107,66 @@ def test_sets_of_any_source_are_checked() -> None:
         build_prompts(FixedPrompts("a church", " "))
     with pytest.raises(UserError, match="has no prompts"):
         build_prompts(FixedPrompts())
+
+
+def test_captions_alternate_plain_and_styled_and_go_round_everything() -> None:
+    captions = CaptionPrompts(SUBJECTS, STYLES, TEMPLATES, SUFFIX, count=24, seed=0)
+    texts = [prompt.text for prompt in build_prompts(captions)]
+    assert texts[:6] == [
+        "a photo of a church",
+        "a photo of an English springer in the style of woodcut",
+        "a photo of a face",
+        "a photo of a church in the style of pop art",
+        "a photo of an English springer",
+        "a photo of a face in the style of pop art",
+    ]
+    church = texts[::3]
+    assert church == [
+        "a photo of a church",
+        "a photo of a church in the style of pop art",
+        "a picture of a church",
+        "a picture of a church in the style of woodcut",
+        "a picture of a church",
+        "a picture of a church in the style of pop art",
+        "a photo of a church",
+        "a photo of a church in the style of woodcut",
+    ]
+
+
+def test_captions_are_one_group_of_distinct_seeds_and_start_with_the_smaller_set() -> None:
+    large = build_prompts(CaptionPrompts(SUBJECTS, STYLES, TEMPLATES, SUFFIX, 50, 3, "mixed"))
+    assert {prompt.group for prompt in large} == {"mixed"}
+    assert len({prompt.seed for prompt in large}) == 50
+    assert large[7].seed == derive_seed(3, "mixed", 7)
+    small = build_prompts(CaptionPrompts(SUBJECTS, STYLES, TEMPLATES, SUFFIX, 20, 3, "mixed"))
+    assert large[:20] == small
+
+
+def test_captions_without_styles_are_all_plain() -> None:
+    captions = CaptionPrompts(SUBJECTS, {}, TEMPLATES, SUFFIX, count=6, seed=0)
+    assert [prompt.text for prompt in build_prompts(captions)] == [
+        "a photo of a church",
+        "a photo of an English springer",
+        "a photo of a face",
+        "a picture of a church",
+        "a picture of an English springer",
+        "a picture of a face",
+    ]
+
+
+def test_bad_captions_are_refused_with_their_key() -> None:
+    with pytest.raises(UserError, match=r"prompts\.templates=.*\{subject\}"):
+        CaptionPrompts(SUBJECTS, STYLES, ["a photo"], SUFFIX, count=6, seed=0)
+    with pytest.raises(UserError, match=r"prompts\.style_suffix"):
+        CaptionPrompts(SUBJECTS, STYLES, TEMPLATES, "", count=6, seed=0)
+    with pytest.raises(UserError, match=r"prompts\.templates is empty"):
+        CaptionPrompts(SUBJECTS, STYLES, [], SUFFIX, count=6, seed=0)
+    with pytest.raises(UserError, match=r"prompts\.count=0"):
+        CaptionPrompts(SUBJECTS, STYLES, TEMPLATES, SUFFIX, count=0, seed=0)
+
+
+def test_a_prompt_tells_what_it_asks_for_beside_text_and_seed() -> None:
+    assert Prompt("a church", 0, "church", truncate=True, id="3").own_settings() == {}
+    asking = Prompt("a church", 0, "church", guidance=7, size=(384, 512))
+    assert asking.own_settings() == {"guidance": 7.0, "size": [384, 512]}
+    assert Prompt("a church", 0, "church", guidance=0).own_settings() == {"guidance": 0.0}
