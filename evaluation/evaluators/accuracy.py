@@ -6,9 +6,6 @@ transforms, as the paper's Table 1 has it.
 
 from __future__ import annotations
 
-import hashlib
-import urllib.error
-import urllib.request
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,12 +21,18 @@ from torchvision.models import ResNet50_Weights, resnet50
 from cad.errors import UserError
 from cad.models.base import resolve_device
 from evaluation.evaluators.base import Evaluator, Metric, Record, require_uint8
+from evaluation.evaluators.pixels import to_channels_first
 from evaluation.evaluators.small_resnet import CONFIG_FILE, WEIGHTS_FILE, load_classifier
+from evaluation.evaluators.weights import SHORT, Download, folder_digest
 from evaluation.prompts import Prompt
 
 RESNET_WEIGHTS = ResNet50_Weights.IMAGENET1K_V2
-RESNET_SIZE_MB = 98
-DOWNLOAD_TIMEOUT = 20  # seconds without an answer
+RESNET_FILE = Download(
+    what="torchvision's ResNet-50 IMAGENET1K_V2",
+    url=RESNET_WEIGHTS.url,
+    digest=Path(RESNET_WEIGHTS.url).stem.split("-")[-1],  # how torchvision names its files
+    size_mb=98,
+)
 
 
 class Classifier(ABC):
@@ -67,7 +70,12 @@ class Accuracy(Evaluator):
                 f"knows {_shortened(self._classes)}"
             )
 
-    def score(self, images: NDArray[np.uint8], prompts: Sequence[Prompt]) -> list[Record]:
+    def score(
+        self,
+        images: NDArray[np.uint8],
+        prompts: Sequence[Prompt],
+        references: NDArray[np.uint8] | None = None,
+    ) -> list[Record]:
         require_uint8(images)
         self.check(prompts)
         probability, best = self._classifier.probabilities(images).max(dim=1)  # (N,), (N,)
@@ -92,14 +100,12 @@ class FolderClassifier(Classifier):
         self._device = resolve_device(device)
         self._network = load_classifier(folder).to(self._device)
         self.classes = self._network.classes
-        digest = hashlib.sha256()
-        for name in (CONFIG_FILE, WEIGHTS_FILE):
-            digest.update((folder / name).read_bytes())
-        self.version = f"small_resnet-{digest.hexdigest()[:12]}"
+        digest = folder_digest(folder, (CONFIG_FILE, WEIGHTS_FILE))
+        self.version = f"small_resnet-{digest[:SHORT]}"
 
     @torch.no_grad()
     def probabilities(self, images: NDArray[np.uint8]) -> Tensor:
-        x = _to_tensor(images).to(self._device).float() / 255  # (N, 3, H, W)
+        x = to_channels_first(images).to(self._device).float() / 255  # (N, 3, H, W)
         logits: Tensor = self._network(x)  # (N, classes)
         return logits.softmax(dim=1).cpu()
 
@@ -118,48 +124,19 @@ class TorchvisionResNet50(Classifier):
 
     @torch.no_grad()
     def probabilities(self, images: NDArray[np.uint8]) -> Tensor:
-        x = self._transform(_to_tensor(images).to(self._device))  # (N, 3, 224, 224)
+        x = self._transform(to_channels_first(images).to(self._device))  # (N, 3, 224, 224)
         logits: Tensor = self._network(x)  # (N, 1000)
         return logits.softmax(dim=1).cpu()
 
 
 def resnet_weights_file() -> Path:
-    """The weights in torch's cache, downloaded if need be, their hash checked either way.
-
-    Raises UserError if they are missing and cannot be downloaded, or are not what they should be.
-    """
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    path = folder / Path(RESNET_WEIGHTS.url).name
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with urllib.request.urlopen(RESNET_WEIGHTS.url, timeout=DOWNLOAD_TIMEOUT):
-                pass  # torch.hub has no timeout of its own, so find out here
-            torch.hub.download_url_to_file(RESNET_WEIGHTS.url, str(path))
-        except (urllib.error.URLError, TimeoutError) as error:
-            raise UserError(
-                f"evaluator=accuracy needs torchvision's ResNet-50 IMAGENET1K_V2 "
-                f"({RESNET_SIZE_MB} MB) and could not download it ({error}). Get "
-                f"{RESNET_WEIGHTS.url} on a machine with a network and put it at {path} "
-                "(TORCH_HOME moves that folder), or use model=mini, which has its own classifier"
-            ) from error
-    wanted = path.stem.split("-")[-1]  # torchvision names a file by the start of its SHA-256
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if not found.startswith(wanted):
-        raise UserError(
-            f"{path} has the SHA-256 {found}, expected {wanted}...: delete it to download it again"
-        )
-    return path
+    """The weights in torch's cache, downloaded if need be; UserError as `Download.fetch` has it."""
+    return RESNET_FILE.fetch("evaluator=accuracy", "use model=mini, which has its own classifier")
 
 
 def canonical(name: str) -> str:
     """A name as compared: "French horn" and "french_horn" are the same."""
     return name.strip().lower().replace(" ", "_")
-
-
-def _to_tensor(images: NDArray[np.uint8]) -> Tensor:
-    """uint8 (N, H, W, 3) to uint8 (N, 3, H, W)."""
-    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
 
 
 def _shortened(names: Sequence[str], most: int = 15) -> str:

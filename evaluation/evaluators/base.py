@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,11 @@ from evaluation.statistics import Interval, wilson
 
 BATCH_SIZE = 64  # images read and scored at once; no score depends on it beyond rounding
 
+CONCEPT = "concept"  # the prompts of the edited concept and its neighbours
+GENERAL = "general"  # captions of everything: COCO's part in the paper
+
 Record = dict[str, Any]
+"""What is kept of an image: JSON-able values, or numpy arrays (float32), which are filed apart."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,7 @@ class Metric:
     high: float
     n: int
     unit: str
+    decimals: int  # that tables show
     higher_is_better: bool
     version: str
 
@@ -38,11 +44,18 @@ class Evaluator(ABC):
     """One metric. `version` names what measured it (weights' hash, thresholds), set on creation.
 
     Weights are loaded on creation, so that what is missing is known before images are made.
+    `measures` says which images, CONCEPT's or GENERAL's. `paired` evaluators compare an
+    edited image with the unedited model's of the same prompt and seed. An `additive` metric is a
+    total over images, so that groups add up; the others are means, or distances of whole sets.
     """
 
     name: ClassVar[str]
     unit: ClassVar[str]
     higher_is_better: ClassVar[bool]
+    decimals: ClassVar[int] = 1
+    measures: ClassVar[str] = CONCEPT
+    paired: ClassVar[bool] = False
+    additive: ClassVar[bool] = False
     version: str
 
     def check(self, prompts: Sequence[Prompt]) -> None:
@@ -50,8 +63,17 @@ class Evaluator(ABC):
         return None
 
     @abstractmethod
-    def score(self, images: NDArray[np.uint8], prompts: Sequence[Prompt]) -> list[Record]:
-        """One JSON-able record for each image of (N, H, W, 3) uint8 RGB and its prompt."""
+    def score(
+        self,
+        images: NDArray[np.uint8],
+        prompts: Sequence[Prompt],
+        references: NDArray[np.uint8] | None = None,
+    ) -> list[Record]:
+        """One record for each image of (N, H, W, 3) uint8 RGB and its prompt.
+
+        `references`, of the same shape, are the unedited model's images of the same prompts and
+        seeds; only `paired` evaluators are given them.
+        """
 
     @abstractmethod
     def aggregate(self, records: Sequence[Record]) -> Metric:
@@ -69,6 +91,7 @@ class Evaluator(ABC):
             high=interval.high,
             n=n,
             unit=self.unit,
+            decimals=self.decimals,
             higher_is_better=self.higher_is_better,
             version=self.version,
         )
@@ -85,15 +108,19 @@ class Evaluator(ABC):
             raise UserError(f"{self.name}: no images to aggregate; raise limit or images_per_class")
 
 
-def score_image_set(evaluator: Evaluator, images: ImageSet) -> Iterator[Record]:
+def score_image_set(
+    evaluator: Evaluator, images: ImageSet, references: ImageSet | None = None
+) -> Iterator[Record]:
     """The evaluator's record of each image, after its index, prompt, seed and group.
 
-    Raises UserError before the first image for prompts that the evaluator cannot judge.
+    A paired evaluator needs `references`, a set of the same prompts; the others take none. Raises
+    UserError before the first image for prompts that the evaluator cannot judge.
     """
     evaluator.check(images.prompts)
+    pairs = itertools.repeat(None) if references is None else references.batches(BATCH_SIZE)
     index = 0
-    for prompts, pixels in images.batches(BATCH_SIZE):
-        records = evaluator.score(pixels, prompts)
+    for (prompts, pixels), pair in zip(images.batches(BATCH_SIZE), pairs, strict=False):
+        records = evaluator.score(pixels, prompts, None if pair is None else pair[1])
         for prompt, record in zip(prompts, records, strict=True):
             origin = {"index": index, "prompt": prompt.text}
             yield origin | {"seed": prompt.seed, "group": prompt.group} | record

@@ -60,7 +60,12 @@ class StyleAccuracy(Evaluator):
                 f"the styles {', '.join(self._names)}"
             )
 
-    def score(self, images: NDArray[np.uint8], prompts: Sequence[Prompt]) -> list[Record]:
+    def score(
+        self,
+        images: NDArray[np.uint8],
+        prompts: Sequence[Prompt],
+        references: NDArray[np.uint8] | None = None,
+    ) -> list[Record]:
         require_uint8(images)
         self.check(prompts)
         cosines = self._clip.embed_images(images) @ self._styles.T  # (N, styles + 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import urllib.error
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,12 @@ from cad.errors import UserError
 from evaluation.evaluators import accuracy
 from evaluation.evaluators.accuracy import Accuracy, Classifier, FolderClassifier
 from evaluation.evaluators.base import score_image_set
-from evaluation.evaluators.small_resnet import SmallResNet, load_classifier, save_classifier
+from evaluation.evaluators.small_resnet import (
+    SmallResNet,
+    load_classifier,
+    resize,
+    save_classifier,
+)
 from evaluation.image_sets import ImageSet
 from evaluation.image_writer import encode_png
 from evaluation.prompts import Prompt
@@ -126,11 +132,21 @@ def test_classifier_folder_round_trip(folder: Path) -> None:
 
 def test_classifier_normalises_its_input() -> None:
     torch.manual_seed(0)
-    plain_network = SmallResNet(("a", "b"), (0.0,) * 3, (1.0,) * 3, widths=(4, 8), blocks=1).eval()
-    network = SmallResNet(("a", "b"), (0.5,) * 3, (0.25,) * 3, widths=(4, 8), blocks=1).eval()
+    plain_network = SmallResNet(
+        ("a", "b"), (0.0,) * 3, (1.0,) * 3, (4, 8), blocks=1, size=64
+    ).eval()
+    network = SmallResNet(("a", "b"), (0.5,) * 3, (0.25,) * 3, (4, 8), blocks=1, size=64).eval()
     network.load_state_dict(plain_network.state_dict())
     x = torch.rand(2, 3, 64, 64)
     assert torch.allclose(network(x), plain_network((x - 0.5) / 0.25), atol=1e-6)
+
+
+def test_classifier_judges_at_its_own_size() -> None:
+    torch.manual_seed(0)
+    network = SmallResNet(("a", "b"), widths=(4, 8), blocks=1, size=72).eval()
+    x = torch.rand(2, 3, 64, 64)
+    assert torch.equal(network(x), network(resize(x, 72)))
+    assert torch.equal(resize(x, 64), x)
 
 
 def test_folder_classifier_judges_uint8_images(folder: Path) -> None:
@@ -170,7 +186,7 @@ def test_missing_resnet_weights_say_what_to_do(
         raise urllib.error.URLError("no network")
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(accuracy.urllib.request, "urlopen", unreachable)
+    monkeypatch.setattr(urllib.request, "urlopen", unreachable)
     with pytest.raises(UserError, match=r"98 MB.*resnet50-11ad3fa6\.pth.*TORCH_HOME.*model=mini"):
         accuracy.TorchvisionResNet50("cpu")
 

@@ -1,0 +1,197 @@
+"""CLIP score by hand with a stub embedder; the shipped CLIP's folder; open_clip's loading."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from weights import write_weights
+
+from cad.errors import UserError
+from evaluation.evaluators import clip_score
+from evaluation.evaluators.clip_folder import ClipFolder
+from evaluation.evaluators.clip_score import ClipScore, Embedder, FolderEmbedder, OpenClipEmbedder
+from evaluation.evaluators.weights import file_digest
+from evaluation.prompts import Prompt
+from evaluation.statistics import bootstrap_mean
+
+DIRECTIONS = {"red": (1.0, 0.0, 0.0), "yellow": (0.6, 0.8, 0.0), "not red": (-1.0, 0.0, 0.0)}
+TINY = {
+    "embed_dim": 8,
+    "quick_gelu": True,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1},
+}
+
+
+class Colors(Embedder):
+    """An image's direction is its first pixel's color; a text's is looked up."""
+
+    version = "stub-1"
+
+    def __init__(self) -> None:
+        self.asked: list[list[str]] = []
+
+    def embed_images(self, images: NDArray[np.uint8]) -> Tensor:
+        first = torch.from_numpy(images[:, 0, 0].astype(np.float32))  # (N, 3)
+        return first / first.norm(dim=1, keepdim=True)
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        self.asked.append(list(texts))
+        return torch.tensor([DIRECTIONS[text] for text in texts])
+
+
+def prompts(*texts: str) -> list[Prompt]:
+    return [Prompt(text, 0, "general") for text in texts]
+
+
+def reds(count: int) -> NDArray[np.uint8]:
+    images = np.zeros((count, 4, 4, 3), dtype=np.uint8)
+    images[..., 0] = 200
+    return images
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_weights(tmp_path_factory.mktemp("miniature")) / "clip"
+
+
+@pytest.fixture(scope="module")
+def tiny_archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny CLIP as OpenAI's file is one: a TorchScript archive, half precision, three buffers."""
+    folder = tmp_path_factory.mktemp("open_clip")
+    (folder / "tiny-quickgelu.json").write_text(json.dumps(TINY))
+    open_clip.add_model_config(folder / "tiny-quickgelu.json")
+    torch.manual_seed(0)
+    network = open_clip.create_model("tiny-quickgelu")
+    home = folder / "hub" / "checkpoints"
+    home.mkdir(parents=True)
+    bare = Bare()
+    for name, weight in network.state_dict().items():
+        put(bare, name.split("."), weight.half())
+    for name in ("input_resolution", "context_length", "vocab_size"):
+        bare.register_buffer(name, torch.tensor(77))
+    torch.jit.script(bare).save(str(home / "ViT-B-32.pt"))
+    return folder
+
+
+class Bare(torch.nn.Module):
+    """Parameters without a use, for an archive that is read for its parameters alone."""
+
+    def forward(self) -> None:
+        return None
+
+
+def put(module: torch.nn.Module, name: list[str], weight: Tensor) -> None:
+    """Register a weight under its dotted name, half precision as OpenAI's are."""
+    first, *rest = name
+    if not rest:
+        module.register_parameter(first, torch.nn.Parameter(weight))
+        return
+    if first not in dict(module.named_children()):
+        module.add_module(first, Bare())
+    put(module.get_submodule(first), rest, weight)
+
+
+def test_clip_score_by_hand() -> None:
+    embedder = Colors()
+    evaluator = ClipScore(embedder)
+    records = evaluator.score(reds(4), prompts("red", "yellow", "not red", "red"))
+    assert [record["cosine"] for record in records] == [1.0, 0.6, -1.0, 1.0]
+    assert embedder.asked == [["red", "yellow", "not red"]]  # each distinct text once
+    metric = evaluator.aggregate(records)
+    assert metric.value == pytest.approx(40)  # negative cosines count
+    interval = bootstrap_mean([1.0, 0.6, -1.0, 1.0], seed=0)
+    assert (metric.low, metric.high) == (100 * interval.low, 100 * interval.high)
+    assert (metric.n, metric.unit, metric.version) == (4, "100 x cosine", "stub-1")
+    assert metric.higher_is_better
+    assert (evaluator.measures, evaluator.paired) == ("general", False)
+
+
+def test_aggregates_need_only_the_records_as_json() -> None:
+    evaluator = ClipScore(Colors())
+    records = evaluator.score(reds(2), prompts("red", "yellow"))
+    assert evaluator.aggregate(json.loads(json.dumps(records))) == evaluator.aggregate(records)
+
+
+def test_nothing_to_aggregate_and_float_images_are_refused() -> None:
+    evaluator = ClipScore(Colors())
+    with pytest.raises(UserError, match="no images"):
+        evaluator.aggregate([])
+    with pytest.raises(TypeError, match="uint8"):
+        evaluator.score(reds(1).astype(np.float32), prompts("red"))
+
+
+def test_shipped_clip_scores_the_cosine_of_its_embeddings(folder: Path) -> None:
+    evaluator = ClipScore(FolderEmbedder(folder, "cpu"))
+    images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
+    texts = ("a church", "a tench", "a church")
+    records = evaluator.score(images, prompts(*texts))
+    clip = ClipFolder(folder, "cpu")
+    x, y = clip.embed_images(images).double().numpy(), clip.embed_texts(texts).double().numpy()
+    for record, a, b in zip(records, x, y, strict=True):
+        cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+        assert record["cosine"] == pytest.approx(cosine, abs=2e-6)
+    assert evaluator.version == clip.version
+
+
+def test_shipped_clip_refuses_long_prompts_before_any_image(folder: Path) -> None:
+    evaluator = ClipScore(FolderEmbedder(folder, "cpu"))
+    evaluator.check(prompts("a church"))
+    with pytest.raises(UserError, match="77 tokens"):
+        evaluator.check(prompts("a church", 80 * "a"))
+
+
+def test_open_clip_loads_the_published_archive_and_its_own_transform(
+    tiny_archive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny_archive / "hub" / "checkpoints" / "ViT-B-32.pt"
+    monkeypatch.setenv("TORCH_HOME", str(tiny_archive))
+    monkeypatch.setattr(clip_score, "MODEL", "tiny-quickgelu")
+    published = replace(clip_score.WEIGHTS, digest=file_digest(path))
+    monkeypatch.setattr(clip_score, "WEIGHTS", published)
+    embedder = OpenClipEmbedder("cpu")
+    torch.manual_seed(0)
+    model, _, transform = open_clip.create_model_and_transforms("tiny-quickgelu")
+    model.eval().half().float()
+    images = np.random.default_rng(0).integers(0, 256, (2, 48, 40, 3), dtype=np.uint8)
+    x = torch.stack([transform(Image.fromarray(image)) for image in images])
+    with torch.no_grad():
+        expected = model.encode_image(x, normalize=True)
+    assert torch.allclose(embedder.embed_images(images), expected, atol=1e-6)
+    assert file_digest(path)[:12] in embedder.version
+
+    long = "church " * 100  # cut to 75 words between the marks
+    texts = embedder.embed_texts(["a tench", long, "church " * 75])
+    assert texts.shape == (3, 8)
+    assert torch.allclose(texts.norm(dim=1), torch.ones(3))
+    assert torch.equal(texts[1], texts[2])
+
+
+def test_missing_openai_weights_say_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(url: str, timeout: float) -> None:
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(urllib.request, "urlopen", unreachable)
+    with pytest.raises(UserError, match=r"338 MB.*ViT-B-32\.pt.*TORCH_HOME.*model=mini"):
+        OpenClipEmbedder("cpu")
+
+
+def test_the_published_model_is_open_clips_own_entry() -> None:
+    url = open_clip.get_pretrained_url(clip_score.MODEL, "openai")
+    assert url == clip_score.WEIGHTS.url
+    assert open_clip.get_tokenizer(clip_score.MODEL).context_length == 77
