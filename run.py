@@ -12,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from experiments.config import check, register_resolvers, settle
+from experiments.config import check, parse_shard, register_resolvers, settle
 from experiments.mistakes import SHOWN, find_mistake
 from experiments.rendering import show_result
 from experiments.results import ResultFolder
@@ -34,7 +34,9 @@ def main(cfg: DictConfig) -> None:
     """One job. A user's mistake is told and noted here, so that a sweep goes on with the others."""
     job_folder = Path(HydraConfig.get().runtime.output_dir)
     try:
-        note_result(job_folder, run(cfg))
+        result = run(cfg)
+        if result is not None:
+            note_result(job_folder, result)
     except SHOWN as error:
         message = find_mistake(error)
         if message is None:
@@ -44,15 +46,23 @@ def main(cfg: DictConfig) -> None:
         failed_jobs.append(job_folder)
 
 
-def run(cfg: DictConfig) -> Path:
+def run(cfg: DictConfig) -> Path | None:
     """Run one experiment unless it is finished, mirror it to the logger, show it.
 
-    Returns the result's folder. Waits for another process that runs the same experiment.
+    Returns the result's folder; None for a shard, which makes images and no result. Waits for
+    another process that runs the same experiment.
     """
     check(cfg)
     cfg = settle(cfg)
     tracker = hydra.utils.instantiate(cfg.logger)
     folder = ResultFolder.of(cfg)
+    shard = parse_shard(cfg.shard)
+    if shard is not None:
+        from experiments.experiment import make_shard  # slow to import
+
+        with logging_redirect_tqdm():
+            make_shard(cfg, folder, shard)
+        return None
     with folder.locked(), logging_redirect_tqdm():
         reused = folder.is_complete()
         if not reused:

@@ -1,10 +1,13 @@
-"""A run's aggregates: over the target's images, over the others', over each group's.
+"""A run's aggregates: over the target's images, over the others', over each group's, over all.
 
 "The others" is the mean of their groups' values, as in the paper's tables. Where all groups have
 the same number of images that is the aggregate of all these images at once, which has the
 evaluator's own interval. Where they have not (`limit` cut the last round), the mean is taken, and
 its interval is put together from the groups' intervals: Zou, Huang and Zhang, "A note on confidence
-interval estimation for a linear function of binomial proportions" (2009).
+interval estimation for a linear function of binomial proportions" (2009). Of a metric that is a
+total, it is the total over all the others' images.
+
+Metrics of general captions are over all of them at once.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from evaluation.evaluators.base import Evaluator, Metric, Record
+from evaluation.evaluators.base import GENERAL, Evaluator, Metric, Record
 
 POOLED = "all images"  # the aggregate of all images at once
 MEAN = "mean of groups"
@@ -24,14 +27,18 @@ MEAN = "mean of groups"
 def aggregate(
     evaluator: Evaluator, records: Sequence[Record], target: str, state: str
 ) -> list[dict[str, Any]]:
-    """A row per scope ("target", "others", "group"), as JSON data; scopes without images have none.
+    """A row per scope, as JSON data; scopes without images have none.
 
-    A row is a `Metric` with its scope, state ("before", "after"), group (None for the others), the
-    number of `groups` in it, and what it was taken `over`: POOLED or MEAN.
+    The scopes are "target", "others" and "group", or "general" alone for an evaluator of general
+    captions. A row is a `Metric` with its scope, state ("before", "after"), group (None for the
+    others), the number of `groups` in it, and what it was taken `over`: POOLED or MEAN.
     """
     groups: dict[str, list[Record]] = {}
     for record in records:
         groups.setdefault(str(record["group"]), []).append(record)
+    if evaluator.measures == GENERAL:
+        whole = (evaluator.aggregate(records), POOLED)
+        return [{"state": state} | _row("general", None, len(groups), whole)]
     others = [chosen for name, chosen in groups.items() if name != target]
     rows = []
     if target in groups:
@@ -51,7 +58,7 @@ def _row(scope: str, group: str | None, groups: int, taken: tuple[Metric, str]) 
 def over_groups(evaluator: Evaluator, groups: Sequence[Sequence[Record]]) -> tuple[Metric, str]:
     """The mean of the groups' values with its 95 % interval, and how it was taken."""
     sizes = Counter(len(group) for group in groups)
-    if len(sizes) == 1:
+    if evaluator.additive or len(sizes) == 1:
         return evaluator.aggregate([record for group in groups for record in group]), POOLED
     return mean_of_groups([evaluator.aggregate(group) for group in groups]), MEAN
 

@@ -20,16 +20,24 @@ from cad.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Raise it when the same configuration means another result, so that old folders are not reused.
-RESULT_VERSION = 2
+RESULT_VERSION = 3
 HASH_LENGTH = 12  # hexadecimal digits
+SHARD = re.compile(r"(\d+)/(\d+)")
 DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 # Places in the identity; * is any one key. Whatever is not named here counts as it is written.
 BY_CONTENT = (  # a local path stands for what lies there
     "model.adapter.source.path",
     "edit.references.path",
     "evaluator.*.folder",
-    "evaluator.*.classifier.folder",
+    "evaluator.*.*.folder",
+    "evaluator.*.*.path",
+    "prompts.path",
+    "model.prompts.general.path",
 )
+GROUPS = {  # the key of a prompt set's configuration that names the groups of its images
+    "evaluation.prompts.ObjectPrompts": "subjects",
+    "evaluation.prompts.StylePrompts": "styles",
+}
 LEFT_OUT = (  # changes no result, or (device, dtype) is in the identity once, as it was resolved
     "model.adapter.device",
     "model.adapter.dtype",
@@ -38,8 +46,12 @@ LEFT_OUT = (  # changes no result, or (device, dtype) is in the identity once, a
     "model.adapter.source.gated",
     "model.adapter.source.note",
     "edit.store",
+    "prompts.source.licence",
+    "model.prompts.general.source.licence",
     "evaluator.*.device",
-    "evaluator.*.classifier.device",
+    "evaluator.*.*.device",
+    "evaluator.*.*.cache",
+    "evaluator.*.workers",
 )
 
 
@@ -85,6 +97,17 @@ def check(cfg: DictConfig) -> None:
     if cfg.limit is not None:
         _check_count("limit", cfg.limit, 1)
     _check_effect(cfg)
+    parse_shard(cfg.shard)
+
+
+def parse_shard(text: str | None) -> tuple[int, int] | None:
+    """ "2/4" as (1, 4): the shard's number from 0, and how many there are. UserError otherwise."""
+    if text is None:
+        return None
+    found = SHARD.fullmatch(str(text))
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise UserError(f"shard={text} is not allowed: the second of four is shard=2/4")
+    return int(found[1]) - 1, int(found[2])
 
 
 def _check_choices(cfg: DictConfig) -> None:
@@ -143,7 +166,11 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
     versions = {"images": generation.VERSION, "scores": score_store.VERSION}
     chosen = {
         "version": {"result": RESULT_VERSION, **versions},
-        "model": {"adapter": plain(cfg.model.adapter), "sampler": plain(cfg.model.sampler)},
+        "model": {
+            "adapter": plain(cfg.model.adapter),
+            "sampler": plain(cfg.model.sampler),
+            "prompts": {"general": plain(cfg.model.prompts.general)},
+        },
         "concept": plain(cfg.concept),
         "edit": plain(cfg.edit),
         "prompts": plain(cfg.prompts),
@@ -222,7 +249,10 @@ def _check_adapter(cfg: DictConfig) -> None:
 
 
 def _check_prompts(cfg: DictConfig) -> None:
-    if cfg.prompts is None or "_target_" in cfg.prompts:
+    if cfg.prompts is None:
+        return
+    if "_target_" in cfg.prompts:
+        _check_images_per_class(cfg)
         return
     given = ", ".join(str(key) for key in cfg.prompts)
     key = "styles" if cfg.concept.kind == "style" else "subjects"
@@ -230,6 +260,15 @@ def _check_prompts(cfg: DictConfig) -> None:
         f"prompts has {given} alone, which is no prompt set: the default prompts belong to the "
         "model and cannot be added to. Name the set and add to that, for example "
         f"{_adding(cfg.concept, key)}"
+    )
+
+
+def _check_images_per_class(cfg: DictConfig) -> None:
+    if "images_per_class" in cfg.prompts or cfg.images_per_class == cfg.model.images_per_class:
+        return
+    raise UserError(
+        f"images_per_class={cfg.images_per_class} has no effect on the chosen prompts, a set of "
+        "its own size: take the first with limit=N, or choose others, such as prompts=objects"
     )
 
 
@@ -256,13 +295,10 @@ def _adding(concept: DictConfig, key: str) -> str:
 
 
 def concept_groups(cfg: DictConfig) -> list[str]:
-    """The groups that the chosen prompts announce: their styles or subjects, if either."""
-    if cfg.prompts is None:
+    """The groups that the chosen prompts announce: their styles or subjects; [] if they do not."""
+    if cfg.prompts is None or cfg.prompts._target_ not in GROUPS:
         return []
-    for key in ("styles", "subjects"):
-        if key in cfg.prompts:
-            return [str(name) for name in cfg.prompts[key]]
-    return []
+    return [str(name) for name in cfg.prompts[GROUPS[cfg.prompts._target_]]]
 
 
 def _check_ratio(cfg: DictConfig) -> None:

@@ -19,12 +19,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from cad.concepts import Concept
 from cad.edits import Edit, NoEdit
+from cad.errors import UserError
 from cad.models.base import DiffusionModel
 from cad.weight_edit import WeightEdit
-from evaluation.evaluators.base import Evaluator, Record, score_image_set
+from evaluation.evaluators.base import CONCEPT, GENERAL, Evaluator, Record, score_image_set
 from evaluation.files import write_atomically
-from evaluation.generation import SamplerSettings, generate
+from evaluation.generation import SamplerSettings, check_prompts, generate
 from evaluation.image_sets import ImageSet
+from evaluation.masking import Masker
 from evaluation.prompts import Prompt, build_prompts
 from experiments.aggregation import aggregate
 from experiments.config import plain
@@ -32,10 +34,13 @@ from experiments.effect import check_effects, correlate_effects
 from experiments.environment import describe_environment
 from experiments.pictures import before_after
 from experiments.rendering import result_table, title, to_markdown
-from experiments.results import ResultFolder, read_json, write_json, write_lines
+from experiments.results import ResultFolder, read_json, write_json, write_records
 
 EDIT = "edit.safetensors"
 COST = "cost.json"
+
+Images = dict[str, dict[str, ImageSet]]
+"""What is measured (CONCEPT, GENERAL) -> state ("before", "after") -> its images."""
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +52,7 @@ class Parts:
     model: DiffusionModel
     concept: Concept
     method: Edit
-    prompts: list[Prompt]
+    prompts: dict[str, list[Prompt]]  # by what the evaluators measure: CONCEPT, GENERAL
     settings: SamplerSettings
 
 
@@ -62,8 +67,8 @@ def run_experiment(cfg: DictConfig, folder: ResultFolder) -> Path:
     work = folder.open()
     edit = make_edit(work, parts)
     effect = report_effects(work, cfg, parts)
-    before, after = make_images(parts, edit, Path(cfg.paths.images))
-    records, rows = evaluate(build_evaluators(cfg), parts.concept.name, before, after)
+    images = make_images(parts, edit, Path(cfg.paths.images))
+    records, rows = evaluate(build_evaluators(cfg), parts.concept.name, images)
     summary = {
         "config_hash": folder.digest,
         "model": {"name": cfg.model.name, **parts.model.provenance()},
@@ -72,13 +77,33 @@ def run_experiment(cfg: DictConfig, folder: ResultFolder) -> Path:
         "seed": cfg.seed,
         "sampler": asdict(parts.settings),
         "effect": effect,
-        "images": _describe_images(before, after),
+        "images": _describe_images(images),
         "metrics": rows,
     }
-    write_lines(work / "records.jsonl", records)
+    write_records(work, records)
     write_json(work / "metrics.json", summary)
-    write_presentation(work, cfg, before, after)
+    write_presentation(work, cfg, images)
     return folder.close()
+
+
+def make_shard(cfg: DictConfig, folder: ResultFolder, shard: tuple[int, int]) -> None:
+    """Make the shard's part of the run's images, beside other processes with the other shards.
+
+    `shard` is its number, from 0, and how many there are. The edit is made once, by the first.
+    Raises UserError as `run_experiment`.
+    """
+    parts = build_parts(cfg)
+    check_parts(cfg, parts)
+    with folder.locked():
+        if folder.is_complete():
+            return
+        edit = make_edit(folder.open(), parts)
+    images = make_images(parts, edit, Path(cfg.paths.images), shard)
+    missing = sum(made.missing() for sets in images.values() for made in sets.values())
+    if missing:
+        logger.info("this shard is made; the others have %d images to make", missing)
+    else:
+        logger.info("all images are made: run the same command without shard to measure them")
 
 
 def build_parts(cfg: DictConfig) -> Parts:
@@ -86,17 +111,6 @@ def build_parts(cfg: DictConfig) -> Parts:
     quiet_libraries()
     model: DiffusionModel = hydra.utils.instantiate(cfg.model.adapter, _convert_="all")
     concept: Concept = hydra.utils.instantiate(cfg.concept)
-    prompts = []
-    if cfg.prompts is None or not cfg.evaluator:
-        logger.warning(
-            "model=%s has no prompts or no evaluator for %s concepts yet: the edit is made and "
-            "saved, nothing is measured",
-            cfg.model.name,
-            concept.kind,
-        )
-    else:
-        prompt_set = hydra.utils.instantiate(cfg.prompts, _convert_="all")
-        prompts = take_in_turn(build_prompts(prompt_set), concept.name, cfg.limit)
     # The name is how the configuration calls the method; the class has its own.
     method = plain(cfg.edit)
     del method["name"]
@@ -104,17 +118,59 @@ def build_parts(cfg: DictConfig) -> Parts:
         model=model,
         concept=concept,
         method=hydra.utils.instantiate(method),
-        prompts=prompts,
+        prompts=build_needed_prompts(cfg, concept),
         settings=SamplerSettings(**plain(cfg.model.sampler)),
     )
 
 
+def build_needed_prompts(cfg: DictConfig, concept: Concept) -> dict[str, list[Prompt]]:
+    """The prompts that the chosen evaluators measure. UserError where the model has none of them.
+
+    General captions are the model's (`model.prompts.general`); with none to measure, none are made.
+    """
+    sources = {CONCEPT: cfg.prompts, GENERAL: cfg.model.prompts.general}
+    found = {}
+    for node in _evaluator_nodes(cfg):
+        evaluator: type[Evaluator] = hydra.utils.get_class(node._target_)
+        measured = evaluator.measures
+        if sources[measured] is None:
+            raise UserError(
+                f"evaluator={evaluator.name} measures {measured} prompts, and model="
+                f"{cfg.model.name} has none for concept={concept.name}: choose prompts=NAME, or "
+                f"set model.prompts.{GENERAL if measured == GENERAL else concept.kind}"
+            )
+        if measured not in found:
+            prompt_set = hydra.utils.instantiate(sources[measured], _convert_="all")
+            prompts = build_prompts(prompt_set)
+            if measured == CONCEPT:
+                _check_target(prompts, concept.name, prompt_set.name)
+            found[measured] = take_in_turn(prompts, concept.name, cfg.limit)
+    if not found:
+        logger.warning(
+            "model=%s has no evaluator for %s concepts: the edit is made and saved, nothing is "
+            "measured",
+            cfg.model.name,
+            concept.kind,
+        )
+    return found
+
+
+def _check_target(prompts: Sequence[Prompt], target: str, set_name: str) -> None:
+    groups = dict.fromkeys(prompt.group for prompt in prompts)
+    if target not in groups:
+        raise UserError(
+            f"concept={target} has no images in the prompts {set_name}, whose groups are: "
+            f"{', '.join(groups)}. Choose a concept among them, or other prompts (prompts=NAME)"
+        )
+
+
 def build_evaluators(cfg: DictConfig) -> list[Evaluator]:
     """The chosen evaluators with their weights loaded; none where nothing is measured."""
-    if cfg.prompts is None or not cfg.evaluator:
-        return []
-    nodes = [node for node in cfg.evaluator.values() if node is not None]
-    return [hydra.utils.instantiate(node, _convert_="all") for node in nodes]
+    return [hydra.utils.instantiate(node, _convert_="all") for node in _evaluator_nodes(cfg)]
+
+
+def _evaluator_nodes(cfg: DictConfig) -> list[DictConfig]:
+    return [] if not cfg.evaluator else [node for node in cfg.evaluator.values() if node]
 
 
 def check_parts(cfg: DictConfig, parts: Parts) -> None:
@@ -125,9 +181,10 @@ def check_parts(cfg: DictConfig, parts: Parts) -> None:
     """
     if cfg.effect.count:
         check_effects(parts.model, parts.method, cfg.effect.share)
-    parts.model.check_prompts(list(dict.fromkeys(prompt.text for prompt in parts.prompts)))
+    for prompts in parts.prompts.values():
+        check_prompts(parts.model, prompts)
     for evaluator in build_evaluators(cfg):
-        evaluator.check(parts.prompts)
+        evaluator.check(parts.prompts[evaluator.measures])
         del evaluator
     gc.collect()
 
@@ -172,43 +229,53 @@ def report_effects(work: Path, cfg: DictConfig, parts: Parts) -> dict[str, Any] 
 
 
 def make_images(
-    parts: Parts, edit: WeightEdit, root: Path
-) -> tuple[ImageSet | None, ImageSet | None]:
-    """Image sets without and with the edit; the second is None for an edit that changes nothing."""
-    if not parts.prompts:
-        return None, None
-    unedited = NoEdit()(parts.model, parts.concept)
-    before = generate(parts.model, unedited, parts.prompts, parts.settings, root)
-    if isinstance(parts.method, NoEdit):
-        return before, None
-    return before, generate(parts.model, edit, parts.prompts, parts.settings, root)
+    parts: Parts, edit: WeightEdit, root: Path, shard: tuple[int, int] | None = None
+) -> Images:
+    """Image sets without and with the edit; without only, for a method that changes nothing."""
+    edits = {"before": NoEdit()(parts.model, parts.concept)}
+    if not isinstance(parts.method, NoEdit):
+        edits["after"] = edit
+    return {
+        measured: {
+            state: generate(parts.model, applied, prompts, parts.settings, root, shard)
+            for state, applied in edits.items()
+        }
+        for measured, prompts in parts.prompts.items()
+    }
 
 
 def evaluate(
-    evaluators: Sequence[Evaluator], target: str, before: ImageSet | None, after: ImageSet | None
+    evaluators: Sequence[Evaluator], target: str, images: Images
 ) -> tuple[list[Record], list[dict[str, Any]]]:
-    """Per-image records, and aggregates over the target's group, the others, and each group."""
+    """Per-image records, and aggregates over the target's group, the others, and each group.
+
+    Paired evaluators measure what the edit changed, so they have nothing to say before it.
+    """
     records: list[Record] = []
     rows: list[dict[str, Any]] = []
-    for state, images in _states(before, after).items():
-        for evaluator in evaluators:
+    for evaluator in evaluators:
+        sets = images[evaluator.measures]
+        for state, judged in sets.items():
+            if evaluator.paired and state == "before":
+                continue
             logger.info("measuring %s %s the edit", evaluator.name, state)
-            scored = list(score_image_set(evaluator, images))
-            origin = {"state": state, "metric": evaluator.name, "images": images.folder.name}
+            references = sets["before"] if evaluator.paired else None
+            scored = list(score_image_set(evaluator, judged, references))
+            origin = {"state": state, "metric": evaluator.name, "images": judged.folder.name}
             records += [origin | record for record in scored]
             rows += aggregate(evaluator, scored, target, state)
     return records, rows
 
 
-def write_presentation(
-    work: Path, cfg: DictConfig, before: ImageSet | None, after: ImageSet | None
-) -> None:
+def write_presentation(work: Path, cfg: DictConfig, images: Images) -> None:
     """Everything of the folder that is for people: table, picture, configuration, environment."""
     metrics = read_json(work / "metrics.json")
     table = to_markdown(result_table(metrics, read_json(work / COST)))
     write_atomically(work / "table.md", f"{title(metrics)}\n\n{table}".encode())
-    if before is not None:
-        before_after(before, after, cfg.concept.name, work / "before_after.png")
+    if images:
+        shown = images[CONCEPT] if CONCEPT in images else images[GENERAL]
+        mask = Masker() if cfg.safety.mask and cfg.concept.kind == "explicit" else None
+        before_after(shown, cfg.concept.name, work / "before_after.png", mask)
     write_atomically(work / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True).encode())
     write_json(work / "environment.json", describe_environment(cfg.device))
 
@@ -224,19 +291,14 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def _states(before: ImageSet | None, after: ImageSet | None) -> dict[str, ImageSet]:
-    """The image sets that there are, by their state."""
-    pairs = {"before": before, "after": after}
-    return {state: images for state, images in pairs.items() if images is not None}
-
-
-def _describe_images(
-    before: ImageSet | None, after: ImageSet | None
-) -> dict[str, dict[str, str | int]]:
-    """By state: the set's folder, how many images it has, and how many of them were not finite."""
+def _describe_images(images: Images) -> dict[str, dict[str, dict[str, str | int]]]:
+    """Of each set: its folder, how many images it has, and how many of them were not finite."""
     return {
-        state: {"folder": images.folder.name, "count": len(images), "broken": images.broken()}
-        for state, images in _states(before, after).items()
+        measured: {
+            state: {"folder": made.folder.name, "count": len(made), "broken": made.broken()}
+            for state, made in sets.items()
+        }
+        for measured, sets in images.items()
     }
 
 

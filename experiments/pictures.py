@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from evaluation.files import write_atomically
@@ -20,14 +22,20 @@ TARGET_COLUMNS = 4
 OTHER_COLUMNS = 6
 FONT_SIZE = 13
 
+Mask = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
+"""Covers what must not be shown of an image, uint8 (H, W, 3) RGB, such as `masking.Masker`."""
 
-def before_after(before: ImageSet, after: ImageSet | None, target: str, path: Path) -> None:
-    """Write a PNG: one column per prompt (the target's first), a row before and a row after.
 
-    `before` and `after` hold the same prompts in the same order; without `after` there is one row.
+def before_after(
+    states: Mapping[str, ImageSet], target: str, path: Path, mask: Mask | None
+) -> None:
+    """Write a PNG: one column per prompt (the target's first), a row for each state.
+
+    `states` are sets of the same prompts in the same order, by what their rows are called. `mask`
+    covers what it finds on each image.
     """
-    columns = choose_columns(before.prompts, target)
-    rows = [("before", before)] if after is None else [("before", before), ("after", after)]
+    prompts = next(iter(states.values())).prompts
+    columns, rows = choose_columns(prompts, target), list(states.items())
     width = MARGIN + len(columns) * (CELL + GAP)
     canvas = Image.new("RGB", (width, LABEL + len(rows) * (CELL + GAP)), "white")
     draw = ImageDraw.Draw(canvas)
@@ -37,9 +45,9 @@ def before_after(before: ImageSet, after: ImageSet | None, target: str, path: Pa
         draw.text((GAP, top + CELL // 2), title, fill="black", font=font, anchor="lm")
         for column, index in enumerate(columns):
             left = MARGIN + column * (CELL + GAP)
-            canvas.paste(_cell(images, index), (left, top))
+            canvas.paste(_cell(images.read(index), mask), (left, top))
             if row == 0:
-                label = before.prompts[index].group.replace("_", " ")
+                label = prompts[index].group.replace("_", " ")
                 middle = (left + CELL // 2, LABEL // 2)
                 draw.text(middle, label, fill="black", font=font, anchor="mm")
     buffer = io.BytesIO()
@@ -57,8 +65,8 @@ def choose_columns(prompts: Sequence[Prompt], target: str) -> list[int]:
     return chosen + list(others.values())[:OTHER_COLUMNS]
 
 
-def _cell(images: ImageSet, index: int) -> Image.Image:
-    image = Image.fromarray(images.read(index))
+def _cell(pixels: NDArray[np.uint8], mask: Mask | None) -> Image.Image:
+    image = Image.fromarray(pixels if mask is None else mask(pixels))
     enlarged = image.width < CELL
     method = Image.Resampling.BICUBIC if enlarged else Image.Resampling.LANCZOS
     return image.resize((CELL, CELL), method)

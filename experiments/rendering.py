@@ -16,7 +16,6 @@ from experiments.aggregation import MEAN
 from experiments.results import read_json
 
 DASH = "–"  # nothing was measured
-DECIMALS = 1
 
 
 def result_table(metrics: dict[str, Any], cost: dict[str, Any]) -> pd.DataFrame:
@@ -72,7 +71,7 @@ def title(metrics: dict[str, Any]) -> str:
 def find_metric(
     metrics: dict[str, Any], name: str, scope: str, state: str
 ) -> dict[str, Any] | None:
-    """The aggregate of a metric over a scope ("target", "others") in a state; None if not there."""
+    """The aggregate of a metric over a scope ("target", "others", "general"), or None."""
     for row in metrics["metrics"]:
         if (row["name"], row["scope"], row["state"]) == (name, scope, state):
             found: dict[str, Any] = row
@@ -84,7 +83,7 @@ def format_interval(row: dict[str, Any] | None) -> str:
     """Value and 95 % interval in the metric's unit, "95.0 [76.4, 99.1]", or a dash."""
     if row is None:
         return DASH
-    value, low, high = (f"{row[key]:.{DECIMALS}f}" for key in ("value", "low", "high"))
+    value, low, high = (f"{row[key]:.{row['decimals']}f}" for key in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"
 
 
@@ -100,7 +99,7 @@ def _metric_row(metrics: dict[str, Any], name: str, scope: str) -> list[str]:
     after = find_metric(metrics, name, scope, "after")
     change = DASH
     if before is not None and after is not None:
-        change = f"{after['value'] - before['value']:+.{DECIMALS}f}"
+        change = f"{after['value'] - before['value']:+.{after['decimals']}f}"
     label = _label(metrics, before or after, scope)
     return [label, format_interval(before), format_interval(after), change]
 
@@ -110,6 +109,8 @@ def _label(metrics: dict[str, Any], row: dict[str, Any] | None, scope: str) -> s
         return DASH
     arrow = "↑" if row["higher_is_better"] else "↓"
     name = row["name"].replace("_", " ")
+    if scope == "general":
+        return f"{name} on general captions, {row['unit']} {arrow} (n = {row['n']})"
     if scope == "target":
         return f"{name} on {metrics['concept']}, {row['unit']} (n = {row['n']})"
     who = "the other group" if row["groups"] == 1 else f"the {row['groups']} others"
@@ -119,14 +120,14 @@ def _label(metrics: dict[str, Any], row: dict[str, Any] | None, scope: str) -> s
 
 def _broken_rows(metrics: dict[str, Any]) -> list[list[str]]:
     """A row if any image had values that were not finite: such images are black in the set."""
-    if not any(images["broken"] for images in metrics["images"].values()):
+    sets = list(metrics["images"].values())
+    if not any(made["broken"] for states in sets for made in states.values()):
         return []
-    cells = [
-        f"{metrics['images'][state]['broken']} of {metrics['images'][state]['count']}"
-        if state in metrics["images"]
-        else DASH
-        for state in ("before", "after")
-    ]
+    cells = []
+    for state in ("before", "after"):
+        made = [states[state] for states in sets if state in states]
+        broken, count = (sum(images[key] for images in made) for key in ("broken", "count"))
+        cells.append(f"{broken} of {count}" if made else DASH)
     return [["broken images (not finite, saved as black) ↓", *cells, DASH]]
 
 

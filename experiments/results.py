@@ -7,7 +7,8 @@ file; all are checked on each reuse. Files of a folder:
 
     config.yaml         the configuration as composed and resolved
     edit.safetensors    the edit (cad.weight_edit)
-    records.jsonl       one line per image, before and after the edit
+    records.jsonl       one line per image and metric, before and after the edit
+    arrays.safetensors  what of the records is no text, such as features, where there is any
     metrics.json        aggregates with n, interval, unit, direction, version; deterministic
     cost.json           editing time and peak memory: the machine's, hence apart
     environment.json    versions, commit, device, date
@@ -23,20 +24,26 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
+from numpy.typing import NDArray
 from omegaconf import DictConfig
+from safetensors.numpy import load_file, save
 
 from cad.errors import UserError
+from evaluation.evaluators.base import Record
 from evaluation.files import write_atomically
 from evaluation.image_sets import TEMPORARY_FILES
 from experiments.config import identity, short_hash
 
 MANIFEST = "manifest.json"
+RECORDS = "records.jsonl"
+ARRAYS = "arrays.safetensors"
 UNFINISHED = ".unfinished"
 UNTRACKED = ("wandb",)  # a mirror of the result, not part of it
 
@@ -150,10 +157,38 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, text.encode())
 
 
-def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
-    """`records` as JSON lines, written atomically."""
-    lines = (json.dumps(record, ensure_ascii=False, allow_nan=False) for record in records)
-    write_atomically(path, "".join(line + "\n" for line in lines).encode())
+def write_records(folder: Path, records: Sequence[Record]) -> None:
+    """`records` as RECORDS, one JSON line each; their arrays apart, in ARRAYS, if there are any.
+
+    ARRAYS has a tensor <metric>.<state>.<key> for each key whose values are arrays of one shape, a
+    row for each record of that metric and state, in their order.
+    """
+    lines, arrays = [], dict[str, list[NDArray[np.float32]]]()
+    for record in records:
+        apart = {key for key, value in record.items() if isinstance(value, np.ndarray)}
+        for key in apart:
+            name = f"{record['metric']}.{record['state']}.{key}"
+            arrays.setdefault(name, []).append(record[key])
+        plain = {key: value for key, value in record.items() if key not in apart}
+        lines.append(json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n")
+    write_atomically(folder / RECORDS, "".join(lines).encode())
+    if arrays:
+        stacked = {name: np.stack(rows) for name, rows in arrays.items()}
+        write_atomically(folder / ARRAYS, save(stacked))
+
+
+def read_records(folder: Path) -> list[Record]:
+    """What `write_records` was given."""
+    lines = (folder / RECORDS).read_text(encoding="utf-8").splitlines()
+    records: list[Record] = [json.loads(line) for line in lines]
+    if not (folder / ARRAYS).exists():
+        return records
+    for name, rows in load_file(folder / ARRAYS).items():
+        metric, state, key = name.split(".")
+        owners = [r for r in records if (r["metric"], r["state"]) == (metric, state)]
+        for record, row in zip(owners, rows, strict=True):
+            record[key] = row
+    return records
 
 
 def read_json(path: Path) -> Any:

@@ -28,8 +28,9 @@ LINK = "result.json"
 SERIES = ["model", "concept", "edit", "component", "per", "seed", "metric"]
 PANELS_PER_ROW = 3
 PANEL_SIZE = (4.2, 3.4)  # inches
-COLOURS = {"target": "#D55E00", "others": "#0072B2"}  # Okabe and Ito's, safe for colour-blind eyes
-MARKERS = {"target": "o", "others": "s"}
+# By scope; Okabe and Ito's colours, safe for colour-blind eyes.
+COLOURS = {"target": "#D55E00", "others": "#0072B2", "general": "#009E73"}
+MARKERS = {"target": "o", "others": "s", "general": "^"}
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +105,7 @@ def tidy(result: Path) -> pd.DataFrame:
 
 
 def sweep_table(results: list[Path]) -> pd.DataFrame:
-    """One row per run and metric: settings, then target and others before and after, as text."""
+    """One row per run and metric: settings, then its scopes before and after, as text."""
     rows = []
     for result in results:
         metrics = read_json(result / "metrics.json")
@@ -114,11 +115,13 @@ def sweep_table(results: list[Path]) -> pd.DataFrame:
         for name in dict.fromkeys(row["name"] for row in metrics["metrics"]):
             cells = {
                 f"{scope} {state}": format_interval(find_metric(metrics, name, scope, state))
-                for scope in ("target", "others")
+                for scope in COLOURS
                 for state in ("before", "after")
             }
             rows.append(settings | {"metric": name} | cells)
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    unused = [name for name in table if (table[name] == DASH).all() and "general" in str(name)]
+    return table.drop(columns=unused)
 
 
 def ratio_series(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -156,7 +159,7 @@ def plot(series: dict[str, pd.DataFrame], folder: Path) -> None:
 
 
 def _draw(panel: Axes, name: str, group: pd.DataFrame) -> None:
-    for scope in ("target", "others"):
+    for scope in COLOURS:
         rows = group[group["scope"] == scope].sort_values("ratio")
         after = rows[rows["state"] == "after"]
         if after.empty:
@@ -165,8 +168,8 @@ def _draw(panel: Axes, name: str, group: pd.DataFrame) -> None:
         percent = 100 * after["ratio"].to_numpy(dtype=float)
         panel.plot(percent, after["value"], label=f"{scope}, after", **style)
         panel.fill_between(percent, after["low"], after["high"], color=style["color"], alpha=0.15)
-        before = rows[rows["state"] == "before"]["value"].iloc[0]
-        panel.axhline(before, color=style["color"], linestyle=":", label=f"{scope}, before")
+        for before in rows[rows["state"] == "before"]["value"].head(1):  # paired metrics have none
+            panel.axhline(before, color=style["color"], linestyle=":", label=f"{scope}, before")
     panel.set_xscale("log")
     panel.set_xticks(sorted(100 * group["ratio"].unique()))
     panel.xaxis.set_major_formatter("{x:g}")

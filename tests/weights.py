@@ -36,6 +36,7 @@ MARKS = ("<|startoftext|>", "<|endoftext|>")
 TOKENS = (*MARKS, *LETTERS, *(f"{letter}</w>" for letter in LETTERS))
 MAX_TOKENS = 77  # one per letter, for the longest caption
 WIDTH = 16
+WIDTHS = (4, 8)  # of the classifier
 TEXT = {
     "vocab_size": len(TOKENS),
     "max_position_embeddings": MAX_TOKENS,
@@ -50,16 +51,19 @@ TEXT = {
 
 
 def write_weights(folder: Path) -> Path:
-    """Write pipeline/, clip/, classifier/ and references.safetensors below `folder`."""
+    """Write what experiments/miniature/weights holds that a run reads, below `folder`."""
     torch.manual_seed(0)
     tokenizer = CLIPTokenizer(
         vocab={token: i for i, token in enumerate(TOKENS)}, merges=[], model_max_length=MAX_TOKENS
     )
     _pipeline(tokenizer).save_pretrained(folder / "pipeline")
     _write_clip(folder / "clip", tokenizer)
-    save_classifier(folder / "classifier", SmallResNet(SUBJECTS, widths=(4, 8), blocks=1))
+    save_classifier(folder / "classifier", SmallResNet(SUBJECTS, widths=WIDTHS, blocks=1))
     latents = {name: torch.randn(5, 4, 8, 8) for name in SUBJECTS}
     save_file(latents, folder / "references.safetensors")
+    dim = WIDTHS[-1]
+    statistics = {"mean": torch.zeros(dim).double(), "covariance": torch.eye(dim).double()}
+    save_file(statistics | {"count": torch.tensor(99)}, folder / "features.safetensors")
     return folder
 
 

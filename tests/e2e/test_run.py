@@ -14,6 +14,7 @@ import pytest
 from weights import write_weights
 
 from experiments.config import REPOSITORY
+from experiments.results import read_records
 
 DETERMINISTIC = ("edit.safetensors", "records.jsonl", "metrics.json", "before_after.png")
 TIMEOUT = 170  # seconds
@@ -189,9 +190,43 @@ def test_a_style_is_judged_among_styles(weights: Path, tmp_path: Path) -> None:
     assert "the 4 others" in process.stdout
 
 
+def test_shards_make_the_images_of_the_whole(
+    weights: Path, tmp_path: Path, finished: tuple[Path, subprocess.CompletedProcess[str]]
+) -> None:
+    for shard in ("2/2", "1/2"):
+        process = run(weights, tmp_path, f"shard={shard}")
+        assert process.returncode == 0, process.stderr
+        assert not list(tmp_path.glob("runs/mini-*"))
+    assert "run the same command without shard" in process.stderr
+    made = {name: digest for name, digest in fingerprint(tmp_path).items() if "images" in name}
+    whole = {name: digest for name, digest in fingerprint(finished[0]).items() if "images/" in name}
+    assert made == whole
+    process = run(weights, tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert "accuracy on parachute" in process.stdout
+
+
+def test_all_kinds_of_evaluators_at_once(weights: Path, tmp_path: Path) -> None:
+    wanted = ("concept=face", "evaluator=[nudity,clip_score,fid,lpips]", "limit=4")
+    process = run(weights, tmp_path, *wanted)
+    assert process.returncode == 0, process.stderr
+    for words in (
+        "nudity on face, detections",
+        "clip score on general captions, 100 x cosine ↑",
+        "fid on general captions",
+        "lpips on the 3 others",
+    ):
+        assert words in process.stdout
+    (folder,) = (tmp_path / "runs").glob("mini-face-erase-*")
+    records = read_records(folder)
+    assert sum("features" in record for record in records) == 8  # before and after
+    assert {r["state"] for r in records if r["metric"] == "lpips"} == {"after"}
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
+        (("concept=face", "prompts=mini_captions"), ("concept=face has no images",)),
         (("concept=unicorn",), ("concept/unicorn", "parachute")),
         (("ratio.value=0",), ("ratio.value=0",)),
         (("ratio.value=2",), ("ratio.value=2",)),

@@ -40,8 +40,10 @@ def write_result(
         "edit": edit,
         "seed": 0,
         "images": {
-            state: {"folder": state, "count": 220, "broken": broken if state == "after" else 0}
-            for state in states
+            "concept": {
+                state: {"folder": state, "count": 220, "broken": broken if state == "after" else 0}
+                for state in states
+            }
         },
         "effect": {"count": 50, "share": 0.001, "pearson_r": 0.93} if effect else None,
         "metrics": rows,
@@ -73,6 +75,7 @@ def _row(scope: str, state: str, value: float, low: float, high: float, n: int) 
         "high": high,
         "n": n,
         "unit": "%",
+        "decimals": 1,
         "higher_is_better": True,
         "version": "test",
     }

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from evaluation.evaluators.base import Evaluator, Metric, Record
+from evaluation.evaluators.base import GENERAL, Evaluator, Metric, Record
 from evaluation.prompts import Prompt
+from evaluation.statistics import Interval
 from experiments.aggregation import MEAN, POOLED, aggregate, mean_of_groups
 
 
@@ -21,11 +22,30 @@ class Share(Evaluator):
     higher_is_better: ClassVar[bool] = True
     version = "test"
 
-    def score(self, images: NDArray[np.uint8], prompts: Sequence[Prompt]) -> list[Record]:
+    def score(
+        self,
+        images: NDArray[np.uint8],
+        prompts: Sequence[Prompt],
+        references: NDArray[np.uint8] | None = None,
+    ) -> list[Record]:
         raise NotImplementedError
 
     def aggregate(self, records: Sequence[Record]) -> Metric:
         return self.percent(records, "correct")
+
+
+class Total(Share):
+    name: ClassVar[str] = "total"
+    additive: ClassVar[bool] = True
+
+    def aggregate(self, records: Sequence[Record]) -> Metric:
+        count = sum(record["correct"] for record in records)
+        return self.metric(Interval(count, count, count), len(records))
+
+
+class Captions(Share):
+    name: ClassVar[str] = "captions"
+    measures: ClassVar[str] = GENERAL
 
 
 def records(**groups: str) -> list[Record]:
@@ -52,10 +72,20 @@ def test_groups_of_other_sizes_count_alike() -> None:
     assert 0 <= others["low"] < 50 < others["high"] <= 100
 
 
+def test_totals_add_up() -> None:
+    others = aggregate(Total(), records(church="1", tench="111", face="0"), "church", "after")[1]
+    assert (others["value"], others["n"], others["over"]) == (3, 4, POOLED)
+
+
+def test_general_captions_are_one_row() -> None:
+    (row,) = aggregate(Captions(), records(captions="1101"), "church", "before")
+    assert (row["scope"], row["group"], row["value"], row["n"]) == ("general", None, 75, 4)
+
+
 def test_the_mean_s_interval_by_hand() -> None:
     metrics = [
-        Metric("m", 40.0, 37.0, 43.0, 10, "%", True, "v"),
-        Metric("m", 60.0, 56.0, 72.0, 20, "%", True, "v"),
+        Metric("m", 40.0, 37.0, 43.0, 10, "%", 1, True, "v"),
+        Metric("m", 60.0, 56.0, 72.0, 20, "%", 1, True, "v"),
     ]
     mean = mean_of_groups(metrics)
     assert (mean.value, mean.n) == (50.0, 30)

@@ -22,6 +22,7 @@ from experiments.config import (
     concept_groups,
     content_digest,
     identity,
+    parse_shard,
     register_resolvers,
     settle,
     short_hash,
@@ -124,6 +125,9 @@ def test_default_ratios(overrides: tuple[str, ...], ratio: float | None) -> None
         ("model.sampler.guidance=inf", ("model.sampler.guidance=inf",)),
         ("model.sampler.batch_size=0", ("model.sampler.batch_size=0",)),
         ("device=tpu", ("device=tpu", "cuda")),
+        ("shard=5/4", ("shard=5/4", "2/4")),
+        ("shard=0/4", ("shard=0/4",)),
+        ("shard=2", ("shard=2",)),
         ("dtype=int8", ("dtype=int8", "bfloat16")),
         ("concept=nudity", ("concept=nudity", "model=mini", "parachute")),
         ("concept=van_gogh", ("concept=van_gogh", "pop_art")),
@@ -136,6 +140,19 @@ def test_bad_values_are_named(override: str, words: tuple[str, ...]) -> None:
         check(compose(override))
     for word in words:
         assert word in str(caught.value)
+
+
+def test_shards_are_counted_from_one() -> None:
+    assert parse_shard(None) is None
+    assert parse_shard("1/1") == (0, 1)
+    assert parse_shard("2/4") == (1, 4)
+
+
+def test_published_prompts_are_as_many_as_they_are() -> None:
+    check(compose("model=sd14"))
+    with pytest.raises(UserError, match=r"images_per_class=7 has no effect.*limit=N"):
+        check(compose("model=sd14", "images_per_class=7"))
+    check(compose("model=sd14", "images_per_class=7", "prompts=objects"))
 
 
 def test_effects_need_an_attribution() -> None:
@@ -219,7 +236,11 @@ def test_a_subject_called_path_is_no_path() -> None:
 
 
 def test_every_left_out_and_content_place_is_in_some_configuration() -> None:
-    combinations = (("edit=amplify",), ("evaluator=[accuracy,style_accuracy]",))
+    combinations = (
+        ("edit=amplify",),
+        ("evaluator=[accuracy,style_accuracy,nudity,fid]",),
+        ("model=sd14", "prompts=imagenette", "evaluator=[fid]"),
+    )
     places = {
         place
         for overrides in combinations

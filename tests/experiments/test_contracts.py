@@ -6,7 +6,6 @@ A new edit, concept, model or evaluator is one module and one YAML; it is found 
 from __future__ import annotations
 
 import functools
-import json
 from pathlib import Path
 
 import hydra
@@ -24,9 +23,10 @@ from cad.errors import UserError
 from cad.models.hub import Source
 from cad.models.stable_diffusion import StableDiffusionModel
 from cad.weight_edit import NO_EDIT, WeightEdit
-from evaluation.evaluators.base import Evaluator, Metric
+from evaluation.evaluators.base import GENERAL, Evaluator, Metric
 from evaluation.prompts import Prompt, build_prompts
 from experiments.config import REPOSITORY, check, plain, register_resolvers
+from experiments.results import read_records, write_records
 
 CONF = REPOSITORY / "conf"
 SMALL = ("debug=tiny", "ratio.value=0.05", "model.attribution.steps=1", "device=cpu")
@@ -124,32 +124,37 @@ def test_model(name: str) -> None:
 
 def judged_prompts(evaluator: Evaluator) -> list[Prompt]:
     """Three prompts of the first of the miniature's sets that the evaluator can judge."""
-    for concept in ("parachute", "pop_art"):
-        prompt_set = hydra.utils.instantiate(compose(f"concept={concept}").prompts, _convert_="all")
-        prompts = build_prompts(prompt_set)[:3]
+    prompts = compose().model.prompts
+    sets = [prompts.general] if evaluator.measures == GENERAL else [prompts.object, prompts.style]
+    for node in sets:
+        three = build_prompts(hydra.utils.instantiate(node, _convert_="all"))[:3]
         try:
-            evaluator.check(prompts)
+            evaluator.check(three)
         except UserError:
             continue
-        return prompts
+        return three
     raise AssertionError(f"{evaluator.name} judges no prompts of the miniature")
 
 
 @pytest.mark.parametrize("name", options("evaluator"))
-def test_evaluator(name: str, weights: Path) -> None:
-    """Scores image by image, aggregates from the records alone, says what measured it."""
+def test_evaluator(name: str, weights: Path, tmp_path: Path) -> None:
+    """Scores image by image, aggregates from the records' file alone, says what measured it."""
     overrides = (f"evaluator=[{name}]", f"paths.miniature={weights}", "device=cpu")
     (node,) = compose(*overrides).evaluator.values()
     evaluator = hydra.utils.instantiate(node, _convert_="all")
     assert isinstance(evaluator, Evaluator)
     prompts = judged_prompts(evaluator)
-    images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)  # (N, H, W, 3)
-    records = evaluator.score(images, prompts)
+    images, others = np.random.default_rng(0).integers(0, 256, (2, 3, 64, 64, 3), np.uint8)
+    references = others if evaluator.paired else None
+    origin = {"metric": name, "state": "after"}
+    records = [origin | record for record in evaluator.score(images, prompts, references)]
     assert len(records) == len(prompts)
-    assert json.loads(json.dumps(records, allow_nan=False)) == records
-    assert evaluator.score(images, prompts) == records
-    metric = evaluator.aggregate(records)
+    write_records(tmp_path, records)
+    metric = evaluator.aggregate(read_records(tmp_path))
     assert isinstance(metric, Metric)
+    assert metric == evaluator.aggregate(records)
+    again = [origin | record for record in evaluator.score(images, prompts, references)]
+    assert metric == evaluator.aggregate(again)
     assert (metric.name, metric.n) == (name, len(prompts))
     assert metric.low <= metric.value <= metric.high
     assert metric.unit

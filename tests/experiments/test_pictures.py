@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from evaluation.image_sets import ImageSet
@@ -36,7 +37,7 @@ def test_columns_are_four_of_the_target_and_one_of_each_other() -> None:
 def test_rows_are_before_and_after(tmp_path: Path) -> None:
     before, after = image_set(tmp_path / "b", 10), image_set(tmp_path / "a", 200)
     path = tmp_path / "picture.png"
-    before_after(before, after, "church", path)
+    before_after({"before": before, "after": after}, "church", path, mask=None)
     pixels = np.asarray(Image.open(path))
     middle = CELL // 2
     assert pixels.shape == (LABEL + 2 * (CELL + GAP), MARGIN + 6 * (CELL + GAP), 3)
@@ -46,6 +47,17 @@ def test_rows_are_before_and_after(tmp_path: Path) -> None:
 
 def test_one_row_without_an_edit(tmp_path: Path) -> None:
     path = tmp_path / "picture.png"
-    before_after(image_set(tmp_path / "b", 10), None, "church", path)
+    before_after({"before": image_set(tmp_path / "b", 10)}, "church", path, mask=None)
     with Image.open(path) as picture:
         assert picture.height == LABEL + CELL + GAP
+
+
+def test_masked_before_it_is_resized(tmp_path: Path) -> None:
+    def cover(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        assert image.shape == (64, 64, 3)
+        return np.full_like(image, 99)
+
+    path = tmp_path / "picture.png"
+    before_after({"before": image_set(tmp_path / "b", 10)}, "church", path, cover)
+    with Image.open(path) as picture:
+        assert picture.getpixel((MARGIN + 1, LABEL + 1)) == (99, 99, 99)

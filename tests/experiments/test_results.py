@@ -8,10 +8,20 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cad.errors import UserError
-from experiments.results import MANIFEST, ResultFolder, read_json, write_json, write_lines
+from evaluation.evaluators.base import Record
+from experiments.results import (
+    MANIFEST,
+    RECORDS,
+    ResultFolder,
+    read_json,
+    read_records,
+    write_json,
+    write_records,
+)
 
 
 def finish(folder: ResultFolder, **files: str) -> Path:
@@ -118,7 +128,23 @@ def test_json_refuses_nan_and_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_lines_are_json_each(tmp_path: Path) -> None:
-    write_lines(tmp_path / "r.jsonl", [{"a": 1}, {"b": "é"}])
-    lines = (tmp_path / "r.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line) for line in lines] == [{"a": 1}, {"b": "é"}]
+def test_records_are_lines_of_json_and_their_arrays_apart(tmp_path: Path) -> None:
+    rows = np.arange(6, dtype=np.float32).reshape(2, 3)
+    records: list[Record] = [
+        {"metric": "accuracy", "state": "before", "group": "é"},
+        {"metric": "fid", "state": "before", "features": rows[0]},
+        {"metric": "fid", "state": "before", "features": rows[1]},
+    ]
+    write_records(tmp_path, records)
+    lines = (tmp_path / RECORDS).read_text(encoding="utf-8").splitlines()
+    assert json.loads(lines[0]) == records[0]
+    assert json.loads(lines[1]) == {"metric": "fid", "state": "before"}
+    found = read_records(tmp_path)
+    assert found[0] == records[0]
+    assert [row.tolist() for row in (found[1]["features"], found[2]["features"])] == rows.tolist()
+
+
+def test_records_without_arrays_are_one_file(tmp_path: Path) -> None:
+    write_records(tmp_path, [{"metric": "accuracy", "state": "before", "correct": True}])
+    assert [path.name for path in tmp_path.iterdir()] == [RECORDS]
+    assert read_records(tmp_path)[0]["correct"] is True
