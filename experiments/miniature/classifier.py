@@ -13,12 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms import v2
 
-from evaluation.evaluators.small_resnet import (
-    SmallResNet,
-    load_classifier,
-    resize,
-    save_classifier,
-)
+from evaluation.evaluators.small_resnet import SmallResNet, load_classifier, save_classifier
 from experiments.miniature.captions import SUBJECTS
 from experiments.miniature.data import SIZE, Photographs
 from experiments.miniature.stages import Workshop
@@ -48,14 +43,8 @@ cut_mix = v2.CutMix(num_classes=len(SUBJECTS))
 mix_up = v2.MixUp(alpha=0.2, num_classes=len(SUBJECTS))
 
 
-def run(
-    workshop: Workshop, schedule: Schedule, label_smoothing: float, settling: int
-) -> dict[str, float]:
-    """Train, write workshop.folder/classifier/, and return the held-out accuracy in [0, 1].
-
-    In the last `settling` steps the photographs are whole and unmixed, at the size at which they
-    will be judged.
-    """
+def run(workshop: Workshop, schedule: Schedule, label_smoothing: float) -> dict[str, float]:
+    """Train, write workshop.folder/classifier/, and return the held-out accuracy in [0, 1]."""
     folder = workshop.stage("classifier")
     photographs = workshop.photographs("train")
     network = workshop.place(SmallResNet(tuple(SUBJECTS)))
@@ -63,12 +52,8 @@ def run(
 
     def loss(generator: torch.Generator, step: int) -> Tensor:
         index, labels = balanced_batch(by_class, schedule.batch_size, generator)
-        if step < schedule.steps - settling:
-            pixels = torch.stack([crop_and_jitter(image) for image in photographs.images[index]])
-            pixels, targets = mix(pixels, labels)
-        else:
-            pixels = resize(augment(photographs.pixels(index), generator), network.size)
-            targets = F.one_hot(labels, len(SUBJECTS)).float()
+        pixels = torch.stack([crop_and_jitter(image) for image in photographs.images[index]])
+        pixels, targets = mix(pixels, labels)
         logits = network(workshop.place(pixels))
         return F.cross_entropy(
             logits.float(), workshop.place(targets), label_smoothing=label_smoothing

@@ -181,7 +181,6 @@ def test_bad_parquets_are_refused(parquet, tmp_path, change, message) -> None:  
 
 TINY = [
     "per_subject=1",
-    "classifier.settling=1",
     *(f"{stage}.schedule.steps=2" for stage in ("classifier", "clip", "autoencoder", "denoiser")),
     *(
         f"{stage}.schedule.batch_size=4"
