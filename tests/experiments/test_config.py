@@ -90,10 +90,10 @@ def test_hub_models_pin_a_revision(model: str) -> None:
         (("model=sdxl",), 0.0003),
         (("model=sd35", "concept=nudity"), 0.0003),
         (("edit=none",), None),
-        (("concept=tench", "+model.ratios.erase.by_concept.tench=0.25"), 0.25),
+        (("concept=face", "+model.ratios.erase.by_concept.face=0.25"), 0.25),
         (
             (
-                "concept=tench",
+                "concept=face",
                 "+model.ratios.erase.by_concept.church=0.25",
                 "model.ratios.erase.object=0.5",
             ),
