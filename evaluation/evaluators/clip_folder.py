@@ -6,7 +6,6 @@ image_std are used, and images of another size are resized to the model's (bicub
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,8 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from cad.errors import UserError
 from cad.models.base import resolve_device
+from evaluation.evaluators.pixels import to_channels_first
+from evaluation.evaluators.weights import SHORT, file_digest
 
 FILES = ("config.json", "model.safetensors", "preprocessor_config.json")
 
@@ -50,14 +51,12 @@ class ClipFolder:
         self._mean = torch.tensor(preprocessor["image_mean"], device=self._device).view(3, 1, 1)
         self._std = torch.tensor(preprocessor["image_std"], device=self._device).view(3, 1, 1)
         self.logit_scale = float(self._model.logit_scale.exp())
-        digest = hashlib.sha256((folder / FILES[1]).read_bytes())
-        self.version = f"clip-{digest.hexdigest()[:12]}"
+        self.version = f"clip-{file_digest(folder / FILES[1])[:SHORT]}"
 
     @torch.no_grad()
     def embed_images(self, images: NDArray[np.uint8]) -> Tensor:
         """(N, D) of uint8 (N, H, W, 3) RGB."""
-        x = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)  # (N, 3, H, W)
-        x = x.to(self._device).float() / 255
+        x = to_channels_first(images).to(self._device).float() / 255  # (N, 3, H, W)
         size = self._image_size
         if x.shape[2:] != (size, size):
             x = F.interpolate(x, (size, size), mode="bicubic", antialias=True).clamp(0, 1)

@@ -74,7 +74,7 @@ def build_autoencoder(
         layers_per_block=1,
         norm_num_groups=groups,
         sample_size=64,
-        mid_block_add_attention=False,  # convolutions alone: the cheaper, and it misses nothing
+        mid_block_add_attention=False,  # convolutions alone are cheaper
     )
     return network.to(memory_format=torch.channels_last)
 

@@ -82,8 +82,8 @@ def build_denoiser(
 ) -> UNet2DConditionModel:
     """An untrained UNet, one residual block a level and way, a transformer block after each.
 
-    The first `plain_levels` levels, of the highest resolution, have no transformers: there they
-    would cost the most, and what they would add, the next level has.
+    The first `plain_levels` levels, of the highest resolution, have no transformers, which would
+    cost the most there.
     """
     inner = len(channels) - plain_levels
     return UNet2DConditionModel(
