@@ -8,7 +8,7 @@ import logging
 import os
 import subprocess
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -503,14 +503,13 @@ def test_shards_share_the_batches_and_their_union_is_the_whole(
 def test_shards_run_side_by_side(tmp_path: Path) -> None:
     whole = generate(ToyModel(), NO_CHANGE, PROMPTS, SETTINGS, tmp_path / "whole")
 
-    def make(index: int) -> None:
-        generate(ToyModel(), NO_CHANGE, PROMPTS, SETTINGS, tmp_path / "shards", (index, 3))
+    models = [ToyModel() for _ in range(3)]  # not in the threads: weights come of the one seed
 
-    threads = [threading.Thread(target=make, args=(index,)) for index in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    def make(index: int) -> None:
+        generate(models[index], NO_CHANGE, PROMPTS, SETTINGS, tmp_path / "shards", (index, 3))
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(make, range(3)))
     folder = tmp_path / "shards" / whole.folder.name
     assert contents(ImageSet(folder, whole.prompts)) == contents(whole)
 
