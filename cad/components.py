@@ -23,6 +23,28 @@ UNET_COMPONENTS = {
 }
 
 
+_TEXT_PROJECTION = re.compile(r"\.attn2\.(to_k|to_v)\.weight$")
+
+
+def text_projections(model: DiffusionModel) -> dict[str, nn.Parameter]:
+    """The key and value projections of the cross-attentions, (out, D), in the denoiser's order.
+
+    They are all that a UNet reads the prompt's states (N, L, D) with. Raises UserError for a model
+    without cross-attention (SD 3.5 attends to image and text jointly).
+    """
+    weights = {
+        name: weight
+        for name, weight in model.denoiser.named_parameters()
+        if _TEXT_PROJECTION.search(name)
+    }
+    if not weights:
+        raise UserError(
+            f"model={model.name} ({type(model.denoiser).__name__}) has no cross-attention, so "
+            "methods that change how it reads the prompt cannot be used on it."
+        )
+    return weights
+
+
 def component_weights(model: DiffusionModel, component: str) -> dict[str, nn.Parameter]:
     """The weights of a group by parameter name, in the denoiser's order.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -29,6 +29,20 @@ from cad.selection import Selection
 from cad.weight_edit import Change, Scale, WeightEdit, Zero
 
 
+@dataclass(frozen=True)
+class Made:
+    """What `Edit.make` found: changes by parameter name, what finding them cost, and how it went.
+
+    `cost` (`cad.instrument.measure`) is the method's own work, no hashing or storing; work taken
+    from a cache counts with its original cost. `history` is one JSON-able record per step of a
+    method that trains, empty for the others.
+    """
+
+    changes: Mapping[str, Change]
+    cost: Cost = field(default_factory=Cost)
+    history: Sequence[Mapping[str, float]] = ()
+
+
 class Edit(ABC):
     """A way to edit a model: `edit(model, concept) -> WeightEdit`.
 
@@ -44,15 +58,19 @@ class Edit(ABC):
         used on this model, this concept, or several concepts.
         """
         concepts = (concept, *more)
-        provenance = {
+        provenance = self.provenance(model, concepts)
+        made = self.make(model, concepts)
+        return WeightEdit(made.changes, provenance, made.cost, tuple(made.history))
+
+    def provenance(self, model: DiffusionModel, concepts: Sequence[Concept]) -> dict[str, Any]:
+        """Everything that determines the edit; JSON-able. Raises UserError as `settings`."""
+        return {
             "model": model.provenance(),
             "edit": self.name,
             "settings": dict(self.settings(concepts)),
             "concepts": [asdict(each) for each in concepts],
             **describe_runtime(model.device),
         }
-        changes, cost = self.make(model, concepts)
-        return WeightEdit(changes, provenance, cost)
 
     @abstractmethod
     def settings(self, concepts: Sequence[Concept]) -> Mapping[str, Any]:
@@ -62,13 +80,10 @@ class Edit(ABC):
         """
 
     @abstractmethod
-    def make(
-        self, model: DiffusionModel, concepts: Sequence[Concept]
-    ) -> tuple[dict[str, Change], Cost]:
-        """The changes by parameter name, and what finding them cost.
+    def make(self, model: DiffusionModel, concepts: Sequence[Concept]) -> Made:
+        """Find the changes, and leave the model as it was found, also after an exception.
 
-        The cost (`cad.instrument.measure`) is the method's own work, no hashing or storing; work
-        taken from a cache counts with its original cost.
+        Raises UserError, before work is spent, for a model or concepts that the method cannot do.
         """
 
 
@@ -80,10 +95,8 @@ class NoEdit(Edit):
     def settings(self, concepts: Sequence[Concept]) -> Mapping[str, Any]:
         return {}
 
-    def make(
-        self, model: DiffusionModel, concepts: Sequence[Concept]
-    ) -> tuple[dict[str, Change], Cost]:
-        return {}, Cost()
+    def make(self, model: DiffusionModel, concepts: Sequence[Concept]) -> Made:
+        return Made({})
 
 
 class ScoredEdit(Edit):
@@ -108,9 +121,7 @@ class ScoredEdit(Edit):
             "objectives": [dict(self.objective(concept).describe()) for concept in concepts],
         }
 
-    def make(
-        self, model: DiffusionModel, concepts: Sequence[Concept]
-    ) -> tuple[dict[str, Change], Cost]:
+    def make(self, model: DiffusionModel, concepts: Sequence[Concept]) -> Made:
         self.selection.check(component_weights(model, self.attribution.component))
         objectives = [self.objective(concept) for concept in concepts]
         chosen: dict[str, Tensor] = {}
@@ -121,7 +132,7 @@ class ScoredEdit(Edit):
                 for name, indices in self.selection.indices(scored.scores, self.sign).items():
                     chosen[name] = _union(chosen[name], indices) if name in chosen else indices
             cost += scored.cost + selecting.cost
-        return {name: self.change(_compact(each)) for name, each in chosen.items()}, cost
+        return Made({name: self.change(_compact(each)) for name, each in chosen.items()}, cost)
 
     @abstractmethod
     def objective(self, concept: Concept) -> Objective:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -162,12 +162,14 @@ class WeightEdit:
     """Changes of a denoiser's weights by parameter name, with their provenance.
 
     `provenance` is JSON-able; its "model" is `DiffusionModel.provenance()` of the model that the
-    edit was made for. `cost` is what making it took (`cad.instrument`); it is not stored.
+    edit was made for. `cost` is what making it took (`cad.instrument`), `history` how it went, a
+    record per training step (none for most methods); these two are not stored.
     """
 
     changes: Mapping[str, Change]
     provenance: Mapping[str, Any]
     cost: Cost = field(default_factory=Cost)
+    history: Sequence[Mapping[str, float]] = ()
 
     @property
     def num_weights(self) -> int:

@@ -150,6 +150,15 @@ class DiffusionModel(ABC):
         Raises UserError if a prompt is longer than the encoder takes, unless `truncate`.
         """
 
+    def last_tokens(self, prompts: Sequence[str]) -> list[int]:
+        """Of each prompt, the position of its last token in what `encode_prompts` gives.
+
+        That is the token before the one that ends the text; 0, the start token, for an empty
+        prompt. Raises UserError for a prompt that is too long, and for a model whose conditioning
+        has no such positions, or several.
+        """
+        raise UserError(f"model={self.name} does not say at which position a prompt ends.")
+
     @abstractmethod
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """Phi(x_t, c, t), in the model's own parameterisation.

@@ -121,6 +121,10 @@ class StableDiffusionModel(DiffusionModel):
         ids = tokens.input_ids.to(self.device)  # (N, L)
         return Conditioning({"states": self.text_encoder(ids).last_hidden_state})  # (N, L, D)
 
+    def last_tokens(self, prompts: Sequence[str]) -> list[int]:
+        self.check_prompts(prompts)
+        return [len(self.tokenizer(prompt, verbose=False).input_ids) - 2 for prompt in prompts]
+
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         states = conditioning.tensors["states"]
         phi: Tensor = self.denoiser(x_t, t, encoder_hidden_states=states, return_dict=False)[0]

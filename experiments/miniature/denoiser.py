@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
+from cad.errors import UserError
 from experiments.miniature.captions import PLAIN, SUBJECTS, Key, caption_table, tokenize
 from experiments.miniature.clip import draw_styles
 from experiments.miniature.stages import Workshop
@@ -29,18 +30,20 @@ def run(
     styled: float,
     subjectless: float,
     dropped: float,
+    emphasis: dict[str, int],
 ) -> dict[str, int]:
     """Train, write workshop.folder/denoiser/, and return its size.
 
     `styled`: share of pictures in a drawn style; `subjectless`: of these, the share whose caption
-    names the style alone; `dropped`: share of captions replaced by the empty one.
+    names the style alone; `dropped`: share of captions replaced by the empty one; `emphasis`: how
+    many times as often as others a subject is drawn. UserError for an unknown subject in it.
     """
     folder = workshop.stage("denoiser")
     data = load_file(workshop.stage("latents") / "latents.safetensors")
     latents, labels = data["latents"], data["labels"]
     scale = scaling_factor(latents)
     states = CaptionStates(workshop)
-    by_class = [(labels == c).nonzero().squeeze(1) for c in range(len(SUBJECTS))]
+    by_class = [(labels == c).nonzero().squeeze(1) for c in turns(emphasis)]
     network = workshop.place(
         build_denoiser(
             latents.shape[2],
@@ -122,10 +125,18 @@ def scaling_factor(latents: Tensor) -> float:
     return round(1 / float(latents.float().std()), 5)
 
 
+def turns(emphasis: dict[str, int]) -> list[int]:
+    """The subjects' labels, in the order in which a batch draws them; emphasised ones repeated."""
+    unknown = sorted(set(emphasis) - set(SUBJECTS))
+    if unknown:
+        raise UserError(f"denoiser.emphasis: {unknown} are none of the subjects {list(SUBJECTS)}")
+    return [label for label, name in enumerate(SUBJECTS) for _ in range(emphasis.get(name, 1))]
+
+
 def draw_pictures(
     by_class: list[Tensor], n: int, styled: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Indices (N,) of pictures, every subject equally likely, and their styles (N,)."""
+    """Indices (N,) of pictures, one after another of each of `by_class`, and their styles (N,)."""
     subjects = torch.arange(n) % len(by_class)
     draws = torch.rand(n, generator=generator).tolist()
     members = [by_class[s] for s in subjects.tolist()]

@@ -11,7 +11,7 @@ from conftest import MAX_TOKENS, RESOLUTION, build_pipeline
 from linear_toy import LinearToyModel
 from transformers import CLIPTokenizer
 
-from cad.components import component_weights
+from cad.components import component_weights, text_projections
 from cad.errors import UserError
 from cad.models.base import resolve_device, resolve_dtype
 from cad.models.hub import Source
@@ -93,6 +93,21 @@ def test_the_forward_process_is_computed_in_float32(tiny_model, dtype):
 def test_prompts_are_checked_without_encoding(tiny_model, monkeypatch):
     monkeypatch.setattr(tiny_model.text_encoder, "forward", None)  # calling it would be an error
     tiny_model.check_prompts(["", "church"])
+
+
+def test_the_last_token_of_a_prompt_is_the_one_before_its_end(tiny_model):
+    prompts = ["", "a", "bc"]  # every letter is a token
+    assert tiny_model.last_tokens(prompts) == [0, 1, 2]
+    with pytest.raises(UserError, match="tokens"):
+        tiny_model.last_tokens(["a" * 99])
+
+
+def test_what_reads_the_prompt(tiny_model):
+    names = list(text_projections(tiny_model))
+    assert len(names) == 2 * len(component_weights(tiny_model, "attn2")) // 4
+    assert all(name.endswith((".attn2.to_k.weight", ".attn2.to_v.weight")) for name in names)
+    with pytest.raises(UserError, match=r"has no cross-attention"):
+        text_projections(LinearToyModel())
 
 
 def test_a_missing_tokenizer_is_noticed(folder):
