@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from cad.errors import UserError
 
 KINDS = ("object", "style", "explicit")
+VOWELS = "aeiouAEIOU"
 _NAME = re.compile(r"[a-z0-9]+(_[a-z0-9]+)*")
 
 
@@ -40,3 +41,8 @@ class Concept:
                 f"concept.prompt and concept.base_prompt of {self.name!r} are both "
                 f"{self.prompt!r}: the objective of Eq. 4 would be zero everywhere."
             )
+
+
+def with_article(text: str) -> str:
+    """`text` after its indefinite article: "a French horn", "an English springer"."""
+    return f"{'an' if text[:1] in VOWELS else 'a'} {text}"

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from string import Formatter
 from typing import Any
 
+from cad.concepts import with_article
 from cad.errors import UserError
 
 OBJECT_TEMPLATE = "an image of {subject}"
 STYLE_TEMPLATE = "an image of {subject} in the style of {style}"
-VOWELS = "aeiouAEIOU"
 SEED_BITS = 31
 
 
@@ -180,11 +180,6 @@ def build_prompts(prompt_set: PromptSet) -> list[Prompt]:
     if not prompts:
         raise UserError(f"the prompt set {prompt_set.name!r} has no prompts")
     return prompts
-
-
-def with_article(text: str) -> str:
-    """`text` after its indefinite article: "a French horn", "an English springer"."""
-    return f"{'an' if text[:1] in VOWELS else 'a'} {text}"
 
 
 def derive_seed(seed: int, group: str, index: int) -> int:

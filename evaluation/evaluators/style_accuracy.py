@@ -16,10 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
+from cad.concepts import with_article
 from cad.errors import UserError
 from evaluation.evaluators.base import Evaluator, Metric, Record, require_uint8
 from evaluation.evaluators.clip_folder import ClipFolder
-from evaluation.prompts import OBJECT_TEMPLATE, STYLE_TEMPLATE, Prompt, with_article
+from evaluation.prompts import OBJECT_TEMPLATE, STYLE_TEMPLATE, Prompt
 
 NO_STYLE = "no_style"
 

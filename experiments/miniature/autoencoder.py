@@ -1,4 +1,4 @@
-"""Stage 3: the autoencoder between 64 x 64 pixels and the latents.
+"""Stage 4: the autoencoder between 64 x 64 pixels and the latents.
 
 L1 on pixels and on their gradients, a perceptual term on the classifier's features (Johnson et
 al., 2016; as LPIPS, unit-normalised over channels), and a light pull of the latents towards a

@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
-from evaluation.prompts import with_article
+from cad.concepts import with_article
 
 SUBJECTS: dict[str, str] = {
     "tench": "tench",

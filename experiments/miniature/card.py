@@ -49,13 +49,14 @@ the same CLIP's text tower conditions the generator, so this is no independent j
 
 The generator learns only the {per_subject} photographs of each subject that the classifier finds
 most typical (nearest to the subject's mean feature): a small model draws those far sooner than all
-of them, at the price of variety. Captions use the paper's wording; one in ten is dropped.
+of them, at the price of variety. Captions use the paper's wording; one in ten is dropped. In the
+denoiser's last sitting a batch has more of some subjects than of others: {emphasis}.
 
 **To finish the job on a GPU** (sharper and more varied pictures; not tried here):
 
 ```
 python -m experiments.miniature.train device=cuda work=results/miniature_gpu per_subject=900 \\
-    classifier.schedule.steps=6000 clip.schedule.steps=8000 \\
+    classifier.schedule.steps=6000 judge.schedule.steps=2000 clip.schedule.steps=8000 \\
     autoencoder.schedule.steps=40000 denoiser.schedule.steps=60000
 python -m experiments.miniature.evaluate
 ```
@@ -111,6 +112,7 @@ def write_card(weights: Path) -> None:
         table=_scores(measured),
         facts=_facts(measured, training),
         stages=_stages(training),
+        emphasis=_emphasis(training["denoiser"]["settings"]["emphasis"]),
         per_subject=training["latents"]["settings"]["per_subject"],
         files=_files(weights),
     )
@@ -128,6 +130,10 @@ def _listed(names: list[str]) -> str:
 
 def _percent(cell: dict[str, float]) -> str:
     return f"{cell['value']:.1f} [{cell['low']:.1f}, {cell['high']:.1f}]"
+
+
+def _emphasis(times: dict[str, int]) -> str:
+    return ", ".join(f"{SUBJECTS[name]} {count} times" for name, count in times.items()) or "none"
 
 
 def _scores(measured: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Stage 2: a small CLIP of photographs, their drawn styles and captions.
+"""Stage 3: a small CLIP of photographs, their drawn styles and captions.
 
 Its text tower becomes the pipeline's text encoder; the whole is the miniature's CLIP-score model.
 Radford et al. (2021), with one deviation: a batch holds many pictures of each of the 66 pairs of

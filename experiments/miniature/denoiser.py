@@ -1,4 +1,4 @@
-"""Stage 5: the denoising UNet, conditioned on the frozen text encoder of stage 2.
+"""Stage 6: the denoising UNet, conditioned on the frozen text encoder of stage 3.
 
 v-prediction on Stable Diffusion's noise schedule; captions are dropped at random, so the empty
 prompt is the unconditional model.

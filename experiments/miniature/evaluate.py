@@ -25,9 +25,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from PIL import Image
 
-from cad.concepts import Concept
-from cad.edits import NoEdit
 from cad.models.base import DiffusionModel
+from cad.weight_edit import WeightEdit
 from evaluation.evaluators.base import Evaluator, score_image_set
 from evaluation.evaluators.small_resnet import load_classifier
 from evaluation.evaluators.style_accuracy import NO_STYLE
@@ -87,8 +86,7 @@ def draw(
     model: DiffusionModel, prompts: PromptSet, settings: SamplerSettings, root: Path
 ) -> ImageSet:
     """The set's images by the unedited model."""
-    concept = Concept(name="none", kind="object", text="none", prompt="none")
-    return generate(model, NoEdit()(model, concept), prompts.build(), settings, root)
+    return generate(model, WeightEdit({}, {}), prompts.build(), settings, root)
 
 
 def throughput(model: DiffusionModel, settings: SamplerSettings) -> float:

@@ -1,8 +1,8 @@
-"""Stage 6: everything that ships, as package data under experiments/miniature/weights/.
+"""Stage 7: everything that ships, as package data under experiments/miniature/weights/.
 
 pipeline/               StableDiffusionPipeline, half precision, safetensors
 clip/                   CLIPModel and its tokenizer
-classifier/             the classifier folder of `evaluation.evaluators.small_resnet`
+classifier/             stage 2, a classifier folder of `evaluation.evaluators.small_resnet`
 references.safetensors  {subject: (5, C, h, w) float16}, scaled latents of held-out photographs
 features.safetensors    mean and covariance of the classifier's features on held-out photographs
 training.json           how each stage was trained and what it scored
@@ -45,7 +45,7 @@ def run(workshop: Workshop, output: str) -> dict[str, float]:
     CLIPModel.from_pretrained(clip).half().save_pretrained(target / "clip")
     CLIPTokenizer.from_pretrained(clip).save_pretrained(target / "clip")
     (target / "clip" / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR) + "\n")
-    classifier = load_classifier(workshop.stage("classifier"))
+    classifier = load_classifier(workshop.stage("judge"))
     save_classifier(target / "classifier", classifier, dtype=torch.float16)
     save_file(references(workshop, pipeline), target / "references.safetensors")
     write_feature_statistics(workshop, target)
@@ -80,7 +80,7 @@ def assemble(workshop: Workshop) -> StableDiffusionPipeline:
 def references(workshop: Workshop, pipeline: StableDiffusionPipeline) -> dict[str, torch.Tensor]:
     """Scaled latents of each subject's most typical held-out photographs that are recognised."""
     held_out = workshop.photographs("val")
-    classifier = load_classifier(workshop.stage("classifier"))
+    classifier = load_classifier(workshop.stage("judge"))
     index = typical(classifier, held_out, REFERENCES_PER_SUBJECT)
     vae = pipeline.vae.float()
     latents = vae.encode(held_out.pixels(index) * 2 - 1).latent_dist.mode()

@@ -1,4 +1,4 @@
-"""Stage 4: the latents of the typical photographs in every style, encoded once."""
+"""Stage 5: the latents of the typical photographs in every style, encoded once."""
 
 from __future__ import annotations
 

@@ -22,11 +22,12 @@ log = logging.getLogger(__name__)
 MADE_FROM_FILE = "made_from.json"
 INPUTS: dict[str, tuple[str, ...]] = {  # the stages whose results a stage starts from
     "classifier": (),
+    "judge": ("classifier",),
     "clip": (),
     "autoencoder": ("classifier",),
     "latents": ("classifier", "autoencoder"),
     "denoiser": ("clip", "latents"),
-    "export": ("classifier", "clip", "autoencoder", "latents", "denoiser"),
+    "export": ("judge", "clip", "autoencoder", "latents", "denoiser"),
 }
 
 Placeable = TypeVar("Placeable", bound=Tensor | nn.Module)

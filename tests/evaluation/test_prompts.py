@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 
+from cad.concepts import with_article
 from cad.errors import UserError
 from evaluation.prompts import (
     CaptionPrompts,
@@ -15,7 +16,6 @@ from evaluation.prompts import (
     StylePrompts,
     build_prompts,
     derive_seed,
-    with_article,
 )
 
 SUBJECTS = {"church": "church", "english_springer": "English springer", "face": "face"}

@@ -181,10 +181,13 @@ def test_bad_parquets_are_refused(parquet, tmp_path, change, message) -> None:  
 
 TINY = [
     "per_subject=1",
-    *(f"{stage}.schedule.steps=2" for stage in ("classifier", "clip", "autoencoder", "denoiser")),
+    *(
+        f"{stage}.schedule.steps=2"
+        for stage in ("classifier", "judge", "clip", "autoencoder", "denoiser")
+    ),
     *(
         f"{stage}.schedule.batch_size=4"
-        for stage in ("classifier", "clip", "autoencoder", "denoiser")
+        for stage in ("classifier", "judge", "clip", "autoencoder", "denoiser")
     ),
     "autoencoder.channels=[8,8,8]",
     "denoiser.channels=[16,16]",
