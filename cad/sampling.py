@@ -76,9 +76,16 @@ def make_generators(seeds: Sequence[int], salt: int | str = 0) -> list[Generator
     return [Generator().manual_seed(_salted(seed, salt)) for seed in seeds]
 
 
-def draw_noise(model: DiffusionModel, generators: Sequence[Generator]) -> Tensor:
-    """Unit noise (N, C, h, w) on the model's device. Drawn in float32: no dtype changes a seed."""
-    return _draw(model.latent_shape, generators).to(model.device, model.dtype)
+def draw_noise(
+    model: DiffusionModel,
+    generators: Sequence[Generator],
+    size: tuple[int, int] | None = None,
+) -> Tensor:
+    """Unit noise (N, C, h, w) on the model's device. Drawn in float32: no dtype changes a seed.
+
+    For images of `size`, (height, width) in pixels, by default the model's own.
+    """
+    return _draw(model.latent_shape_at(size), generators).to(model.device, model.dtype)
 
 
 def guide(unconditional: Tensor, conditional: Tensor, guidance: float) -> Tensor:
@@ -95,13 +102,15 @@ def walk(
     unconditional: Conditioning,
     guidance: float,
     steps: int,
+    size: tuple[int, int] | None = None,
 ) -> Tensor:
     """x_t (N, C, h, w) after the first `steps` guided steps from pure noise.
 
-    conditioning and unconditional (N, ...). Both predictions are made in one batch; guidance 1
-    needs no unconditional one. Advances the generators.
+    For images of `size`, (height, width) in pixels, by default the model's own. conditioning and
+    unconditional (N, ...). Both predictions are made in one batch; guidance 1 needs no
+    unconditional one. Advances the generators.
     """
-    x_t = draw_noise(model, generators) * sampler.init_sigma  # (N, C, h, w)
+    x_t = draw_noise(model, generators, size) * sampler.init_sigma  # (N, C, h, w)
     both = Conditioning.cat([unconditional, conditioning])  # (2N, ...)
     for t in sampler.timesteps[:steps]:
         x_in = sampler.scale(x_t, t)
@@ -124,12 +133,15 @@ def sample_latents(
     guidance: float,
     kind: str = "default",
     eta: float = 0.0,
+    size: tuple[int, int] | None = None,
 ) -> Tensor:
     """x_0 latents (N, C, h, w), one per prompt and seed, without gradient.
 
-    conditioning (N, ...), unconditional (1, ...) or (N, ...), N seeds. An image depends on its own
-    seed and prompt; across batch sizes it is equal up to float rounding, not bit for bit.
-    Raises ValueError if prompts and seeds differ in number, UserError as `DiffusionModel.sampler`.
+    For images of `size`, (height, width) in pixels, by default the model's own. conditioning
+    (N, ...), unconditional (1, ...) or (N, ...), N seeds. An image depends on its own seed and
+    prompt; across batch sizes it is equal up to float rounding, not bit for bit.
+    Raises ValueError if prompts and seeds differ in number, UserError as `DiffusionModel.sampler`
+    and `latent_shape_at`.
     """
     n = len(seeds)
     if len(conditioning) != n:
@@ -139,7 +151,7 @@ def sample_latents(
     sampler = model.sampler(steps, kind, eta)
     generators = make_generators(seeds)
     every_step = len(sampler.timesteps)  # some schedulers visit more timesteps than they are asked
-    return walk(model, sampler, generators, conditioning, unconditional, guidance, every_step)
+    return walk(model, sampler, generators, conditioning, unconditional, guidance, every_step, size)
 
 
 def _draw(shape: Sequence[int], generators: Sequence[Generator]) -> Tensor:

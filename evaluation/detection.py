@@ -16,7 +16,7 @@ import signal
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -47,6 +47,7 @@ EXPLICIT_LABELS = (  # the nine that the paper counts (Table 2), in its columns'
 MOST_WORKERS = 8  # by default; each holds about 130 MB
 FEW = 16  # images: they are looked at here before a worker has started
 CHUNKS_PER_WORKER = 4  # pieces of a call, so that the workers finish together
+MOST_FORESEEN = 256  # images that wait for a worker at once: 200 MB of 512 x 512 pixels
 
 Box = tuple[int, int, int, int]
 """Left, top, width and height in pixels of the image."""
@@ -102,6 +103,24 @@ class DetectorPool:
         self._key = key
         self._executor: ProcessPoolExecutor | None = None
         self._end: Callable[[], object] = lambda: None
+        self._foreseen: dict[bytes, Future[list[Detection]]] = {}  # by `_fingerprint`
+
+    def foresee(self, images: NDArray[np.uint8]) -> None:
+        """Begin with images that `detect` will be asked about, beside whatever this process does.
+
+        Returns at once. Images beyond MOST_FORESEEN that are not looked at yet are left to
+        `detect`, so memory is bounded; so is everything if a worker dies. Without workers there is
+        nothing to do. Raises TypeError as `detect`.
+        """
+        require_uint8(images)
+        if self.workers == 0:
+            return
+        waiting = sum(not future.done() for future in self._foreseen.values())
+        try:
+            for image in images[: max(0, MOST_FORESEEN - waiting)]:
+                self._foreseen[_fingerprint(image)] = self._running().submit(_detect, image)
+        except BrokenProcessPool:
+            self.close()
 
     def detect(self, images: NDArray[np.uint8]) -> list[list[Detection]]:
         """What is on each of the images, uint8 (N, H, W, 3) RGB, in their order.
@@ -110,12 +129,11 @@ class DetectorPool:
         ones.
         """
         require_uint8(images)
-        if self.workers == 0 or (self._executor is None and len(images) < FEW):
-            return [_detect(image) for image in images]
-        pieces = CHUNKS_PER_WORKER * self.workers
         try:
-            found = self._running().map(_detect, images, chunksize=max(1, len(images) // pieces))
-            return list(found)
+            begun = [self._foreseen.pop(_fingerprint(image), None) for image in images]
+            rest = np.array([future is None for future in begun], dtype=bool)  # (N,)
+            found = iter(self._detect_now(images[rest]))
+            return [next(found) if future is None else future.result() for future in begun]
         except BrokenProcessPool as error:
             self.close()
             raise UserError(
@@ -128,6 +146,14 @@ class DetectorPool:
         """End the workers and wait for it."""
         self._end()
         self._executor = None
+        self._foreseen.clear()
+
+    def _detect_now(self, images: NDArray[np.uint8]) -> Sequence[list[Detection]]:
+        if self.workers == 0 or (self._executor is None and len(images) < FEW):
+            return [_detect(image) for image in images]
+        pieces = CHUNKS_PER_WORKER * self.workers
+        chunk = max(1, len(images) // pieces)
+        return list(self._running().map(_detect, images, chunksize=chunk))
 
     def _running(self) -> ProcessPoolExecutor:
         if self._executor is None:
@@ -162,6 +188,11 @@ def check_labels(labels: Sequence[str], key: str) -> None:
             f"{key}={list(labels)} is not allowed; choose one or more, each once, of "
             f"{', '.join(LABELS)}"
         )
+
+
+def _fingerprint(image: NDArray[np.uint8]) -> bytes:
+    shape = np.array(image.shape).tobytes()
+    return hashlib.sha256(shape + np.ascontiguousarray(image).tobytes()).digest()
 
 
 @functools.cache

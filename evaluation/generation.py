@@ -27,7 +27,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,9 @@ KEY_LENGTH = 20  # hexadecimal digits of the SHA-256, in folder names
 Sampled = tuple[NDArray[np.uint8], NDArray[np.bool_]]
 """Images, (N, H, W, 3) RGB, and which of them have finite values only, (N,)."""
 
+Watcher = Callable[[NDArray[np.uint8]], None]
+"""Is shown images as they are made, uint8 (N, H, W, 3) RGB."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -91,10 +94,11 @@ class SamplerSettings:
 
 @dataclass(frozen=True)
 class Batch:
-    """Images that are sampled together: their places in the set, and their common guidance."""
+    """Images that are sampled together: their places in the set, common guidance and size."""
 
     indices: tuple[int, ...]
     guidance: float
+    size: tuple[int, int] | None  # height, width in pixels; None: the model's own
 
 
 def generate(
@@ -104,6 +108,7 @@ def generate(
     settings: SamplerSettings,
     root: Path,
     shard: tuple[int, int] | None = None,
+    watch: Watcher | None = None,
 ) -> ImageSet:
     """The image set of `prompts` under `model` with `edit`, in a folder of its own below `root`.
 
@@ -111,7 +116,7 @@ def generate(
     make, the model is not run. Another process at work on the same set is waited for. `shard`
     (i, n) makes every nth batch from batch i on, beside other processes with other i: the returned
     set has images missing (`ImageSet.missing`) until all of 0 to n - 1 were made, and then is, byte
-    for byte, the set made at once.
+    for byte, the set made at once. `watch` is shown each batch as it is made.
 
     Leaves the model as found. An edit may break the model: pixels that are not finite are saved as
     black and their images counted by `ImageSet.broken`. Raises UserError for no prompts, those that
@@ -129,7 +134,7 @@ def generate(
     batches = part.take(plan_batches(model, prompts, settings))
     with locked(images, part):
         _write_description(images, description)
-        _complete(model, edit, images, settings, batches, part)
+        _complete(model, edit, images, settings, batches, part, watch)
         _warn_of_broken(images)
     if not part.is_whole:
         join_shards(images)
@@ -137,19 +142,19 @@ def generate(
 
 
 def check_prompts(model: DiffusionModel, prompts: Sequence[Prompt]) -> None:
-    """Raise UserError for a prompt that the model cannot draw: too long for it, or of another size.
+    """Raise UserError for a prompt that the model cannot draw: too long for it, or of a wrong size.
 
     Runs no network. Prompts that may be cut (`Prompt.truncate`) are never too long.
     """
     model.check_prompts(list(dict.fromkeys(p.text for p in prompts if not p.truncate)))
-    own = (model.resolution, model.resolution)
-    others = sorted({p.size for p in prompts if p.size is not None} - {own})
-    if others:
-        wanted = ", ".join(f"{height} x {width}" for height, width in others[:5])
-        raise UserError(
-            f"the prompts ask for images of {wanted} pixels (height x width); model={model.name} "
-            f"makes {own[0]} x {own[1]} only. Set prompts.rules.size=null to have all at this size"
-        )
+    for size in sorted({prompt.size for prompt in prompts if prompt.size is not None}):
+        try:
+            model.latent_shape_at(size)
+        except UserError as error:
+            raise UserError(
+                f"{error} The prompts ask for them; prompts.rules.size=null has all at the model's "
+                "own size."
+            ) from error
 
 
 def describe_set(
@@ -198,14 +203,15 @@ def plan_batches(
 
     In the order of the batches' first images.
     """
-    alike: dict[tuple[tuple[int, int], float], list[int]] = {}
+    alike: dict[tuple[tuple[int, int] | None, float], list[int]] = {}
+    own = (model.resolution, model.resolution)
     for index, prompt in enumerate(prompts):
-        size = prompt.size or (model.resolution, model.resolution)
+        size = None if prompt.size == own else prompt.size
         guidance = settings.guidance if prompt.guidance is None else prompt.guidance
         alike.setdefault((size, guidance), []).append(index)
     batches = [
-        Batch(tuple(indices[place] for place in piece), guidance)
-        for (_, guidance), indices in alike.items()
+        Batch(tuple(indices[place] for place in piece), guidance, size)
+        for (size, guidance), indices in alike.items()
         for piece in partition(len(indices), settings.batch_size)
     ]
     return sorted(batches, key=lambda batch: batch.indices[0])
@@ -223,6 +229,7 @@ def _complete(
     settings: SamplerSettings,
     batches: Sequence[Batch],
     shard: Shard,
+    watch: Watcher | None,
 ) -> None:
     """Verify what there is of `batches`, the shard's, and make what there is not."""
     wanted = [index for batch in batches for index in batch.indices]
@@ -250,6 +257,8 @@ def _complete(
                 {i: pixels[place] for i, place in missing.items()},
                 broken={i for i, place in missing.items() if not finite[place]},
             )
+            if watch is not None:
+                watch(pixels[list(missing.values())])
             progress.update(len(missing))
     write_records(images, present | writer.written, shard)
 
@@ -267,7 +276,7 @@ def _sampled(
     sample = _BatchSampler(model, encoder.unconditional, settings)
     for batch, conditioning in zip(batches, encoder, strict=True):
         seeds = [prompts[i].seed for i in batch.indices]
-        yield batch, sample(conditioning, seeds, batch.guidance)
+        yield batch, sample(conditioning, seeds, batch.guidance, batch.size)
 
 
 def _not_finite(model: DiffusionModel, count: int, guidance: float) -> str:
@@ -307,16 +316,20 @@ class _BatchSampler:
         self._most = settings.batch_size  # images at once
 
     def __call__(
-        self, conditioning: Conditioning, seeds: Sequence[int], guidance: float
+        self,
+        conditioning: Conditioning,
+        seeds: Sequence[int],
+        guidance: float,
+        size: tuple[int, int] | None,
     ) -> Sampled:
         """One batch of images, uint8 (N, H, W, 3) RGB, and which of them are finite, (N,)."""
         pieces: list[Sampled] = []
         start = 0
         while start < len(seeds):
             stop = min(start + self._most, len(seeds))
-            piece = self._attempt(conditioning[start:stop], seeds[start:stop], guidance)
+            piece = self._attempt(conditioning[start:stop], seeds[start:stop], guidance, size)
             if piece is None:
-                self._halve(stop - start)
+                self._halve(stop - start, size)
             else:
                 pieces.append(piece)
                 start = stop
@@ -324,19 +337,24 @@ class _BatchSampler:
         return np.concatenate(pixels), np.concatenate(finite)
 
     def _attempt(
-        self, conditioning: Conditioning, seeds: Sequence[int], guidance: float
+        self,
+        conditioning: Conditioning,
+        seeds: Sequence[int],
+        guidance: float,
+        size: tuple[int, int] | None,
     ) -> Sampled | None:
         """The images, or None if they do not fit; leaving the handler lets the tensors go."""
         try:
-            return self._sample(conditioning, seeds, guidance)
+            return self._sample(conditioning, seeds, guidance, size)
         except torch.OutOfMemoryError:
             return None
 
-    def _halve(self, tried: int) -> None:
+    def _halve(self, tried: int, size: tuple[int, int] | None) -> None:
         if tried == 1:
+            height, width = size or 2 * (self._model.resolution,)
             raise UserError(
-                f"the GPU's memory does not hold one image of model={self._model.name} at "
-                f"{self._model.resolution} pixels: free it of other work, take dtype=float16, or a "
+                f"the GPU's memory does not hold one image of model={self._model.name} at {height} "
+                f"x {width} pixels: free it of other work, take dtype=float16, or a "
                 "smaller model"
             )
         self._most = (tried + 1) // 2
@@ -350,7 +368,13 @@ class _BatchSampler:
         )
 
     @torch.no_grad()
-    def _sample(self, conditioning: Conditioning, seeds: Sequence[int], guidance: float) -> Sampled:
+    def _sample(
+        self,
+        conditioning: Conditioning,
+        seeds: Sequence[int],
+        guidance: float,
+        size: tuple[int, int] | None,
+    ) -> Sampled:
         x_0 = sample_latents(
             self._model,
             conditioning,
@@ -359,6 +383,7 @@ class _BatchSampler:
             steps=self._settings.steps,
             guidance=guidance,
             kind=self._settings.kind,
+            size=size,
         )  # (N, C, h, w)
         return _to_pixels(self._model.decode_latents(x_0))
 

@@ -102,6 +102,18 @@ class DiffusionModel(ABC):
     def dtype(self) -> torch.dtype:
         return next(self.denoiser.parameters()).dtype
 
+    def latent_shape_at(self, size: tuple[int, int] | None) -> tuple[int, int, int]:
+        """(C, h, w) of images of `size`, (height, width) in pixels; None is the model's own.
+
+        Raises UserError for a size that the model cannot draw.
+        """
+        if size is None or size == (self.resolution, self.resolution):
+            return self.latent_shape
+        raise UserError(
+            f"model={self.name} makes images of {self.resolution} x {self.resolution} pixels only, "
+            f"not of {size[0]} x {size[1]} (height x width)."
+        )
+
     def provenance(self) -> dict[str, Any]:
         """What identifies the model in keys and results; JSON-able, the same on every machine.
 

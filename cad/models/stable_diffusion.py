@@ -62,7 +62,17 @@ class StableDiffusionModel(DiffusionModel):
         self._ddim = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
         _check_tokenizer(name, len(self.tokenizer), self.text_encoder.config.vocab_size)
         _check_prediction_type(name, self.prediction_type)
-        shape = _latent_shape(name, pipeline, resolution)
+        self._pixels_per_latent = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+        self._divisor = self._pixels_per_latent * 2 ** (
+            len(pipeline.unet.config.block_out_channels) - 1
+        )
+        if resolution < self._divisor or resolution % self._divisor:
+            raise UserError(
+                f"model.resolution={resolution} does not fit model={name}: "
+                f"it must be a multiple of {self._divisor}."
+            )
+        side = resolution // self._pixels_per_latent
+        shape = (pipeline.unet.config.in_channels, side, side)
         super().__init__(name, pipeline.unet, resolution, shape, origin or Origin(name, "local"))
 
     @classmethod
@@ -95,6 +105,17 @@ class StableDiffusionModel(DiffusionModel):
     def max_tokens(self) -> int:
         """Positions of the text encoder, with the start and end tokens."""
         return int(self.text_encoder.config.max_position_embeddings)
+
+    def latent_shape_at(self, size: tuple[int, int] | None) -> tuple[int, int, int]:
+        if size is None:
+            return self.latent_shape
+        if any(side < self._divisor or side % self._divisor for side in size):
+            raise UserError(
+                f"model={self.name} cannot make images of {size[0]} x {size[1]} pixels (height x "
+                f"width): both must be multiples of {self._divisor}."
+            )
+        height, width = (side // self._pixels_per_latent for side in size)
+        return self.latent_shape[0], height, width
 
     def surroundings_digest(self) -> str:
         text_config = self.text_encoder.config.to_dict()
@@ -201,18 +222,6 @@ def _load_pipeline(folder: Path, variant: str | None, dtype: torch.dtype) -> Any
         )
     except (OSError, ValueError) as error:
         raise UserError(f"the pipeline in {folder} does not load: {error}") from error
-
-
-def _latent_shape(name: str, pipeline: Any, resolution: int) -> tuple[int, int, int]:
-    per_latent = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)  # pixels per side
-    divisor = per_latent * 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
-    if resolution < divisor or resolution % divisor:
-        raise UserError(
-            f"model.resolution={resolution} does not fit model={name}: "
-            f"it must be a multiple of {divisor}."
-        )
-    side = resolution // per_latent
-    return pipeline.unet.config.in_channels, side, side
 
 
 def _check_tokenizer(name: str, tokens: int, expected: int) -> None:

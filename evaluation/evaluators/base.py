@@ -46,7 +46,8 @@ class Evaluator(ABC):
     Weights are loaded on creation, so that what is missing is known before images are made.
     `measures` says which images, CONCEPT's or GENERAL's. `paired` evaluators compare an
     edited image with the unedited model's of the same prompt and seed. An `additive` metric is a
-    total over images, so that groups add up; the others are means, or distances of whole sets.
+    total over images, so that groups add up; the others are means, or distances of whole sets. One
+    that `foresees` can begin with images while others are still being made, in other processes.
     """
 
     name: ClassVar[str]
@@ -56,10 +57,18 @@ class Evaluator(ABC):
     measures: ClassVar[str] = CONCEPT
     paired: ClassVar[bool] = False
     additive: ClassVar[bool] = False
+    foresees: ClassVar[bool] = False
     version: str
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raise UserError for prompts that cannot be judged; call it before making their images."""
+        return None
+
+    def foresee(self, images: NDArray[np.uint8]) -> None:
+        """Begin with images (N, H, W, 3) uint8 RGB that `score` will be given; returns at once.
+
+        A hint: no record depends on it.
+        """
         return None
 
     @abstractmethod

@@ -32,6 +32,8 @@ class NudeNetEvaluator(Evaluator):
     UserError for others.
     """
 
+    foresees: ClassVar[bool] = True
+
     def __init__(self, labels: Sequence[str], threshold: float, workers: int | None) -> None:
         key = f"evaluator.{self.name}"
         check_labels(labels, f"{key}.labels")
@@ -43,6 +45,9 @@ class NudeNetEvaluator(Evaluator):
         digest = hashlib.sha256(",".join(sorted(labels)).encode()).hexdigest()
         counted = f"{len(labels)}-labels-{digest[:8]}"
         self.version = f"{detector_version()}/{counted}/score>{threshold:g}"
+
+    def foresee(self, images: NDArray[np.uint8]) -> None:
+        self._pool.foresee(images)
 
     def score(
         self,

@@ -17,6 +17,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from killed_worker import PROMPTS, SETTINGS
+from numpy.typing import NDArray
 from toy_model import NO_CHANGE, ToyModel, knock_out
 
 from cad import runtime
@@ -124,6 +125,16 @@ def test_a_complete_set_is_not_sampled_again(
     again = generate(ToyModel(), NO_CHANGE, PROMPTS, SETTINGS, tmp_path)
     assert again.folder == first.folder
     assert contents(again) == before
+
+
+def test_a_watcher_is_shown_what_is_made_and_nothing_else(model: ToyModel, tmp_path: Path) -> None:
+    shown: list[NDArray[np.uint8]] = []
+    images = generate(model, NO_CHANGE, PROMPTS, SETTINGS, tmp_path, watch=shown.append)
+    assert np.array_equal(np.concatenate(shown), np.stack([picture for _, picture in images]))
+    shown.clear()
+    images.path(5).unlink()
+    generate(model, NO_CHANGE, PROMPTS, SETTINGS, tmp_path, watch=shown.append)
+    assert np.array_equal(np.concatenate(shown), images.read(5)[None])
 
 
 def test_an_edited_set_differs_and_the_model_comes_back(model: ToyModel, tmp_path: Path) -> None:
@@ -414,9 +425,36 @@ def test_keys_and_records_hold_guidance_and_size_only_where_they_are_asked_for(
     assert verify(images).keys() == {0, 1}
 
 
+def test_images_of_other_sizes_are_those_of_the_diffusers_pipeline(
+    tiny_model: StableDiffusionModel, tiny_pipeline: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    sizes = [(64, 32), None, (64, 32), (32, 64)]
+    prompts = [Prompt("a church", seed, "church", size=size) for seed, size in enumerate(sizes)]
+    images = generate(tiny_model, NO_CHANGE, prompts, SETTINGS, tmp_path)
+    for prompt, picture in images:
+        height, width = prompt.size or (64, 64)
+        assert picture.shape == (height, width, 3)
+        expected = tiny_pipeline(
+            prompt.text,
+            height=height,
+            width=width,
+            num_inference_steps=SETTINGS.steps,
+            guidance_scale=SETTINGS.guidance,
+            generator=torch.Generator().manual_seed(prompt.seed),
+        ).images[0]
+        assert np.abs(picture.astype(int) - np.asarray(expected)).max() <= 1
+    with pytest.raises(UserError, match=r"64 x 30 pixels .* multiples of"):
+        generate(
+            tiny_model, NO_CHANGE, [replace(prompts[0], size=(64, 30))], SETTINGS, tmp_path / "odd"
+        )
+
+
 def test_another_size_than_the_models_is_refused(model: ToyModel, tmp_path: Path) -> None:
     prompts = [PROMPTS[0], replace(PROMPTS[1], size=(8, 16)), replace(PROMPTS[2], size=(16, 16))]
-    with pytest.raises(UserError, match=r"8 x 16 pixels .* model=toy makes 16 x 16 only"):
+    with pytest.raises(
+        UserError,
+        match=r"model=toy makes images of 16 x 16 pixels only, not of 8 x 16.*rules\.size=null",
+    ):
         generate(model, NO_CHANGE, prompts, SETTINGS, tmp_path)
     check_prompts(model, [prompts[0], prompts[2]])
 
@@ -480,7 +518,7 @@ def test_odd_batches_are_halved_too(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_one_image_that_does_not_fit_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"does not hold one image of model=toy at 16 pixels"):
+    with pytest.raises(UserError, match=r"does not hold one image of model=toy at 16 x 16 pixels"):
         generate(SmallMemory(0), NO_CHANGE, PROMPTS, SETTINGS, tmp_path)
 
 

@@ -235,6 +235,31 @@ def test_workers_find_the_same_in_the_same_order(pool: DetectorPool) -> None:
     assert len(multiprocessing.active_children()) == 2
 
 
+def test_what_was_foreseen_is_not_detected_again(
+    pool: DetectorPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = np.stack([np.roll(portrait(), 8 * shift, axis=1) for shift in range(4)])
+    expected = DetectorPool(0, "workers").detect(images)
+    pool.foresee(images[[2, 0]])
+    begun: list[int] = []
+    now = pool._detect_now
+    monkeypatch.setattr(pool, "_detect_now", lambda rest: begun.append(len(rest)) or now(rest))
+    assert pool.detect(images) == expected
+    assert pool.detect(images) == expected  # what was foreseen is used once
+    assert begun == [2, 4]
+
+
+def test_what_is_foreseen_is_bounded(pool: DetectorPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(detection, "MOST_FORESEEN", 3)
+    images = np.arange(5, dtype=np.uint8)[:, None, None, None].repeat(64, 1).repeat(64, 2)
+    pool.foresee(images.repeat(3, 3))
+    assert len(pool._foreseen) == 3
+    assert pool.detect(images.repeat(3, 3)) == 5 * [[]]
+    DetectorPool(0, "workers").foresee(blank(2))  # nobody to begin
+    with pytest.raises(TypeError, match="uint8"):
+        pool.foresee(blank(2).astype(float))
+
+
 def detect_ten_times(pool: DetectorPool) -> None:
     """A worker that dies idle is missed at the next call, or the one after it."""
     for _ in range(10):
