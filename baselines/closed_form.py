@@ -1,0 +1,187 @@
+"""What UCE and RECE share: linear algebra over the key and value projections of cross-attention.
+
+Notation: a text's states are rows (n, D), one for each token position; a projection is a weight
+(out, D) whose output for a state c is W c. Systems are built and solved in float64: with a small
+lambda their condition number exceeds what float32 carries.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from cad.components import text_projections
+from cad.errors import UserError
+from cad.models.base import DiffusionModel
+
+LAST = "last"
+FROM_LAST = "from_last"
+POSITIONS = (LAST, FROM_LAST)  # of a text's tokens that are erased
+_TEXTS = 64  # encoded at once
+_ROWS = 4096  # states whose outer products are summed at once
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text as the denoiser reads it: `states` (L, D) float32, and where its last token is."""
+
+    states: Tensor
+    last: int
+
+
+def shared_update(
+    erased: Tensor,
+    guides: Tensor,
+    kept: Tensor,
+    erase_scale: float,
+    preserve_scale: float,
+    regularisation: float,
+) -> Tensor:
+    """M (D, D) float64 of UCE's update W + W M; the same M for every projection W.
+
+    V = W + W M minimises s_e sum_i ||V c_i - W g_i||^2 + s_p sum_j ||V k_j - W k_j||^2 + lambda
+    ||V - W||_F^2 (Gandikota et al. 2024, Eq. 7), with c_i the rows of `erased` (n, D), g_i those of
+    `guides` (n, D), k_j those of `kept` (m, D). Its normal equations are V A = B, with A = s_e sum
+    c c^T + s_p sum k k^T + lambda I. Less W A they are (V - W) A = W s_e sum (g - c) c^T: W stands
+    in front of all of the right side, and what is not erased cancels exactly.
+    """
+    c, g = erased.double(), guides.double()  # (n, D)
+    identity = torch.eye(c.shape[1], dtype=c.dtype, device=c.device)
+    system = erase_scale * _moment(c) + preserve_scale * _moment(kept) + regularisation * identity
+    factor = torch.linalg.cholesky(system)  # (D, D); lambda > 0 makes it positive definite
+    gain = torch.cholesky_solve(erase_scale * c.T, factor)  # (D, n): A^-1 s_e c
+    return (g - c).T @ gain.T  # (D, D)
+
+
+def updated(
+    weights: Mapping[str, Tensor], update: Tensor, description: str = "layers"
+) -> dict[str, Tensor]:
+    """W + W M of every weight (out, D), in float32, with a progress bar. The weights stay.
+
+    Where M is zero, W itself, bit for bit.
+    """
+    matrix = update.float()  # (D, D)
+    if not matrix.any():
+        return {name: weight.float().clone() for name, weight in weights.items()}
+    layers = tqdm(weights.items(), desc=description, unit="layer", disable=None)
+    return {name: torch.addmm(w.float(), w.float(), matrix) for name, w in layers}
+
+
+def adversarial_map(
+    current: Iterable[Tensor], original: Iterable[Tensor], regularisation: float
+) -> Tensor:
+    """K (D, D) float64 with c' = K c: the embedding that brings a concept back (RECE, Eq. 8).
+
+    c' minimises sum_l ||W_l c' - W_l^orig c||^2 + lambda ||c'||^2 over the pairs of a weight
+    W_l (out, D) now and W_l^orig as it was: K = (lambda I + sum W_l^T W_l)^-1 sum W_l^T W_l^orig.
+    """
+    system: Tensor | None = None
+    crossed: Tensor | None = None
+    for now, was in zip(current, original, strict=True):
+        w, w_orig = now.double(), was.double()  # (out, D)
+        gram, cross = w.T @ w, w.T @ w_orig  # (D, D) both
+        system = gram if system is None else system + gram
+        crossed = cross if crossed is None else crossed + cross
+    if system is None or crossed is None:
+        raise ValueError("an adversarial embedding needs at least one projection")
+    identity = torch.eye(len(system), dtype=system.dtype, device=system.device)
+    factor = torch.linalg.cholesky(system + regularisation * identity)
+    return torch.cholesky_solve(crossed, factor)
+
+
+def squared_distance(
+    first: Iterable[Tensor], a: Tensor, second: Iterable[Tensor], b: Tensor
+) -> float:
+    """sum_l ||V_l a - W_l b||^2 over pairs of projections, summed over the rows of a, b (n, D)."""
+    total = 0.0
+    for v, w in zip(first, second, strict=True):
+        difference = a.double() @ v.double().T - b.double() @ w.double().T  # (n, out)
+        total += difference.square().sum().item()
+    return total
+
+
+def encode(model: DiffusionModel, texts: Sequence[str]) -> dict[str, Text]:
+    """Each text's states and last token. UserError for a text that is too long, before any work."""
+    unique = list(dict.fromkeys(texts))
+    last = model.last_tokens(unique)
+    found: dict[str, Text] = {}
+    for start in range(0, len(unique), _TEXTS):
+        part = unique[start : start + _TEXTS]
+        states = model.encode_prompts(part).tensors["states"].float()  # (N, L, D)
+        for text, each, position in zip(part, states, last[start : start + _TEXTS], strict=True):
+            found[text] = Text(each, position)
+    return found
+
+
+def aligned(concept: Text, guide: Text, positions: str) -> tuple[Tensor, Tensor]:
+    """The concept's states to erase and the guide's for each of them, (n, D) both.
+
+    "last": the last tokens alone. "from_last": all positions from the last tokens on, which after
+    them are the end and the padding, as many as the shorter of the two has.
+    """
+    c, g = concept.states[concept.last :], guide.states[guide.last :]
+    n = 1 if positions == LAST else min(len(c), len(g))
+    return c[:n], g[:n]
+
+
+def to_keep(text: Text, positions: str) -> Tensor:
+    """A kept text's states (n, D): "last" its last token, "from_last" the whole text, as released.
+
+    The whole text has the start token, whose state every prompt shares.
+    """
+    return text.states[text.last :][:1] if positions == LAST else text.states
+
+
+def find_projections(model: DiffusionModel) -> dict[str, Tensor]:
+    """The weights (out, D) by parameter name, detached but not copied: not to be written to.
+
+    Raises UserError for a model without cross-attention.
+    """
+    return {name: weight.detach() for name, weight in text_projections(model).items()}
+
+
+@contextmanager
+def naming(method: str) -> Iterator[None]:
+    """Puts the method before what a UserError inside the block says."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"edit={method}: {error}") from error
+
+
+def checked_number(key: str, value: object, *, zero: bool = False) -> float:
+    """The value as a float, if it is finite and above 0 (or 0, if `zero`). UserError otherwise."""
+    number = math.nan
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        number = float(value)
+    if 0 < number < math.inf or (zero and number == 0):
+        return number
+    bound = "of at least 0" if zero else "above 0"
+    raise UserError(f"{key}={value!r} is not allowed: it must be a finite number {bound}.")
+
+
+def checked_text(key: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{key}={value!r} is not allowed: it must be a text, such as ' '.")
+    return value
+
+
+def checked_texts(key: str, value: object) -> list[str]:
+    """A list of texts as a plain list. UserError for anything else, a single text among it."""
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        raise UserError(f"{key}={value!r} is not allowed: it must be a list of texts, or [].")
+    return [checked_text(f"{key}[{i}]", each) for i, each in enumerate(value)]
+
+
+def _moment(states: Tensor) -> Tensor:
+    """sum c c^T over the rows of (n, D): (D, D) float64; a part at a time, as n can be 100,000s."""
+    total = torch.zeros(states.shape[1], states.shape[1], dtype=torch.float64, device=states.device)
+    for rows in states.split(_ROWS):
+        total += rows.double().T @ rows.double()
+    return total

@@ -1,0 +1,400 @@
+"""ESD (Gandikota et al. 2023, Erasing Concepts from Diffusion Models): fine-tunes the denoiser.
+
+Its prediction for the concept's prompt c is to become what leads away from the concept,
+
+    Phi(x_t, c, t) -> Phi*(x_t, "", t) - eta (Phi*(x_t, c, t) - Phi*(x_t, "", t)),
+
+with Phi* the original model, mean squared error, Adam. x_t is where the model in training gets to
+from pure noise, sampling the concept with guidance up to a random step.
+
+Phi is the network in its own parameterisation. The target is an affine combination of predictions
+at one x_t, and there v and epsilon differ by eps = alpha_t v + sigma_t x_t: the same x_0 is aimed
+at; the squared error of v is that of epsilon divided by alpha_t^2.
+
+All walks of an optimiser step are one batch, in which every element has its own noise, concept and
+random step, and leaves at that step. The weights are fixed within an optimiser step, so the x_t
+are distributed as those of separate walks.
+
+Choices where publication and releases differ or are silent: t is the sampler's own timestep at
+which x_t lies (the first release draws one around it); "noxattn" is every parameter without
+`.attn2.` in its name (releases leave out norms, or the time embedding and the output layer); of
+several concepts each element draws one. In half precision the trained weights are float32 with
+autocast (and scaled gradients for float16), while the walk and Phi* are in the model's own dtype.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from baselines.resume import Checkpoint, State, Stopwatch
+from cad.components import text_projections
+from cad.concepts import Concept
+from cad.digests import settings_digest
+from cad.edits import Edit, Made
+from cad.errors import UserError
+from cad.instrument import Cost
+from cad.models.base import Conditioning, DiffusionModel
+from cad.sampling import Sampler, draw_noise, guide, make_generators
+from cad.weight_edit import Change, Replace
+
+log = logging.getLogger(__name__)
+
+PARAMETERS = {  # what is trained: regular expressions over the denoiser's parameter names
+    "noxattn": r"^(?!.*\.attn2\.)",  # ESD-u: all but cross-attention
+    "xattn": r"\.attn2\.",  # ESD-x: cross-attention
+    "selfattn": r"\.attn1\.",
+    "full": r"",
+}
+HALVES = (torch.float16, torch.bfloat16)
+_NO_SETTINGS = ("checkpoint_every", "checkpoints")  # they change no result
+
+
+@dataclass(frozen=True, kw_only=True)
+class ESD(Edit):
+    """The method with its settings; UserError for a value that is not allowed.
+
+    An optimiser step ("iteration") sees batch_size * accumulation states. With `checkpoints`, a
+    folder, a killed training goes on where it last wrote its state; the state is deleted when
+    `make` is done, so until its caller has stored the edit nothing of the training is on disk.
+    """
+
+    name: ClassVar[str] = "esd"
+
+    parameters: str  # a key of PARAMETERS
+    iterations: int = 1000  # optimiser steps
+    lr: float = 1e-5  # Adam's
+    negative_guidance: float = 1.0  # eta
+    guidance: float = 3.0  # classifier-free, on the way to x_t
+    steps: int = 50  # DDIM steps from noise to image
+    batch_size: int = 1  # states whose gradient is taken at once
+    accumulation: int = 1  # batches per optimiser step
+    seed: int = 0
+    gradient_checkpointing: bool = False  # less memory, more time, the same gradients
+    checkpoint_every: int = 100  # iterations
+    checkpoints: str | Path | None = None  # root of the checkpoints' folders; None: no checkpoints
+
+    def __post_init__(self) -> None:
+        if self.parameters not in PARAMETERS:
+            raise UserError(
+                f"edit.parameters={self.parameters!r} is unknown; allowed: {', '.join(PARAMETERS)}."
+            )
+        for key in ("iterations", "steps", "batch_size", "accumulation", "checkpoint_every"):
+            _check_count(key, getattr(self, key), 1)
+        _check_count("seed", self.seed, 0)
+        for key in ("lr", "negative_guidance", "guidance"):
+            _check_finite(key, getattr(self, key))
+            object.__setattr__(self, key, float(getattr(self, key)))  # 3 and 3.0 are one edit
+        if self.lr <= 0:
+            raise UserError(f"edit.lr={self.lr} is not allowed: a learning rate is above 0.")
+
+    def settings(self, concepts: Sequence[Concept]) -> Mapping[str, Any]:
+        return {key: value for key, value in asdict(self).items() if key not in _NO_SETTINGS}
+
+    def make(self, model: DiffusionModel, concepts: Sequence[Concept]) -> Made:
+        try:
+            weights = trained_weights(model, self.parameters)
+            self._check(model, concepts)
+        except UserError as error:
+            raise UserError(f"edit={self.name}: {error}") from error
+        checkpoint = self._checkpoint(model, concepts)
+        state = checkpoint.read() if checkpoint else None
+        checkpointing = checkpointed_gradients(model.denoiser, self.gradient_checkpointing)
+        with Stopwatch(model.device) as watch, checkpointing, logging_redirect_tqdm():
+            training = Training(self, model, weights, concepts)
+            history = []
+            if state is not None:
+                training.load(state)
+                history, watch.cost = state.history, state.cost
+                state = None  # several times as large as the model
+            done = len(history)
+            steps = range(done, self.iterations)
+            bar = tqdm(steps, self.name, self.iterations, initial=done, unit="step", disable=None)
+            for i in bar:
+                loss = float(f"{training.step(i):.6g}")
+                history.append({"step": i + 1, "loss": loss})
+                bar.set_postfix(loss=f"{loss:.3g}")
+                if checkpoint and (i + 1) % self.checkpoint_every == 0 and i + 1 < self.iterations:
+                    with watch.paused():
+                        checkpoint.write(training.state(history, watch.cost))
+            changes = training.changes()
+        if checkpoint:
+            checkpoint.remove()
+        return Made(changes, watch.cost, history)
+
+    def _check(self, model: DiffusionModel, concepts: Sequence[Concept]) -> None:
+        """UserError for what could not work, before any work."""
+        model.sampler(self.steps, "ddim", eta=0.0)
+        model.check_prompts([concept.prompt for concept in concepts])
+        supported = getattr(model.denoiser, "_supports_gradient_checkpointing", False)
+        if self.gradient_checkpointing and not supported:
+            raise UserError(
+                f"edit.gradient_checkpointing=true is not allowed for model={model.name}: "
+                f"{type(model.denoiser).__name__} does not support it."
+            )
+
+    def _checkpoint(self, model: DiffusionModel, concepts: Sequence[Concept]) -> Checkpoint | None:
+        if self.checkpoints is None:
+            return None
+        key = settings_digest(self.provenance(model, concepts))
+        return Checkpoint(Path(self.checkpoints) / key)
+
+
+class Training:
+    """The trained weights, with Adam. The model keeps its own all along: it is Phi*.
+
+    `weights` are float32 copies, in the denoiser's place only while the trained model predicts.
+    """
+
+    def __init__(
+        self,
+        settings: ESD,
+        model: DiffusionModel,
+        originals: Mapping[str, nn.Parameter],
+        concepts: Sequence[Concept],
+    ) -> None:
+        self._settings = settings
+        self._model = model
+        self._dtype = model.dtype  # asked now: inside `with_weights` it would be another
+        self._originals = originals
+        self._c = model.encode_prompts([concept.prompt for concept in concepts])  # (K, ...)
+        self._unconditional = model.encode_prompts([""])  # (1, ...)
+        self.weights = {name: _trainable_copy(weight) for name, weight in originals.items()}
+        # Fused, because the GPU's default works on temporary copies of all weights.
+        fused = model.device.type == "cuda"
+        self._adam = torch.optim.Adam(self.weights.values(), lr=settings.lr, fused=fused)
+        self._scaler = torch.amp.GradScaler(model.device.type, enabled=self._dtype == torch.float16)
+
+    def step(self, i: int) -> float:
+        """One optimiser step. Returns the mean loss of its states, before the step.
+
+        All its random numbers come from the seed and i. UserError for a loss that is not finite.
+        """
+        size, eta = self._settings.batch_size, self._settings.negative_guidance
+        x_t, t, c = self._states(i)  # M states, M = batch_size * accumulation
+        loss = 0.0
+        for start in range(0, len(x_t), size):
+            batch = slice(start, start + size)
+            state = x_t[batch], t[batch], c[batch]
+            target = erased_target(self._model, *state, self._unconditional, eta)
+            work = self._backward, i, *state, target
+            loss += with_weights(self._model.denoiser, self.weights, *work)
+        self._scaler.step(self._adam)
+        self._scaler.update()
+        self._adam.zero_grad()
+        return loss
+
+    def state(self, history: Sequence[dict[str, float]], cost: Cost) -> State:
+        """What `load` takes up again. Shares memory with the training."""
+        tensors = {f"weight/{name}": weight.detach() for name, weight in self.weights.items()}
+        for index, moments in self._adam.state_dict()["state"].items():
+            tensors |= {f"adam/{index}/{key}": tensor for key, tensor in moments.items()}
+        return State(tensors, {"scaler": self._scaler.state_dict()}, list(history), cost)
+
+    def load(self, state: State) -> None:
+        moments: dict[int, dict[str, Tensor]] = {}
+        with torch.no_grad():
+            for label, tensor in state.tensors.items():
+                kind, name, *key = label.split("/")
+                if kind == "weight":
+                    self.weights[name].copy_(tensor)
+                else:
+                    moments.setdefault(int(name), {})[key[0]] = tensor
+        groups = self._adam.state_dict()["param_groups"]
+        self._adam.load_state_dict({"state": moments, "param_groups": groups})
+        self._scaler.load_state_dict(state.notes["scaler"])
+
+    def changes(self) -> dict[str, Change]:
+        """The trained weights in the model's dtype, without those that did not change in it."""
+        changes: dict[str, Change] = {}
+        for name, original in self._originals.items():
+            values = self.weights[name].detach().to(original.dtype)
+            if not torch.isfinite(values).all():
+                raise UserError(f"edit=esd: trained {name} is not finite: {self._remedy()}")
+            if not torch.equal(values, original):
+                changes[name] = Replace(values)
+        if not changes:
+            log.warning("edit=esd changed nothing: its steps vanish in %s", self._dtype)
+        return changes
+
+    def _states(self, i: int) -> tuple[Tensor, Tensor, Conditioning]:
+        """x_t (M, C, h, w), t (M,) and c (M, ...) of an optimiser step."""
+        settings, model = self._settings, self._model
+        count = settings.batch_size * settings.accumulation
+        generators = make_generators(range(count), salt=f"{settings.name}-{settings.seed}-{i}")
+        stops = _draw_below(settings.steps, generators)  # (M,)
+        c = self._c[_draw_below(len(self._c), generators).to(model.device)]  # (M, ...)
+        sampler = model.sampler(settings.steps, "ddim", eta=0.0)
+        # In the model's dtype, as the finished edit will be used; float32 weights are not copied.
+        weights = {name: weight.detach().to(self._dtype) for name, weight in self.weights.items()}
+        way = model, sampler, generators, stops, c, self._unconditional, settings.guidance
+        x_t, t = with_weights(model.denoiser, weights, walk_apart, *way)
+        return x_t, t, c
+
+    def _backward(self, i: int, x_t: Tensor, t: Tensor, c: Conditioning, target: Tensor) -> float:
+        """Adds a batch's share of the gradient; returns its share of the loss.
+
+        All (N, ...). The backward belongs inside `with_weights`: gradient checkpointing runs the
+        denoiser again there.
+        """
+        model, accumulation = self._model, self._settings.accumulation
+        half = self._dtype in HALVES
+        with torch.enable_grad():
+            with torch.autocast(model.device.type, self._dtype, enabled=half):
+                prediction = model.predict(x_t, t, c)
+            loss = F.mse_loss(prediction.float(), target) / accumulation
+            if not torch.isfinite(loss):
+                value = f"edit=esd: the loss of iteration {i + 1} is {loss.item()}"
+                raise UserError(f"{value}: {self._remedy()}")
+            torch.autograd.backward(self._scaler.scale(loss))
+        return loss.item()
+
+    def _remedy(self) -> str:
+        return (
+            f"training diverges with edit.lr={self._settings.lr:g}, or model={self._model.name} "
+            f"overflows in dtype={self._dtype}. Lower edit.lr, or use dtype=bfloat16 or "
+            "float32; check the weights."
+        )
+
+
+def trained_weights(model: DiffusionModel, parameters: str) -> dict[str, nn.Parameter]:
+    """The weights that a key of PARAMETERS chooses, by parameter name, in the denoiser's order.
+
+    UserError if there is none, or no cross-attention where the choice is about it.
+    """
+    if parameters.endswith("xattn"):
+        text_projections(model)  # only to hear its complaint
+    pattern = re.compile(PARAMETERS[parameters])
+    weights = {
+        name: weight for name, weight in model.denoiser.named_parameters() if pattern.search(name)
+    }
+    if not weights:
+        raise UserError(
+            f"edit.parameters={parameters} chooses no weight of model={model.name} "
+            f"({type(model.denoiser).__name__}). Choose another: {', '.join(PARAMETERS)}."
+        )
+    return weights
+
+
+def erased_target(
+    model: DiffusionModel,
+    x_t: Tensor,
+    t: Tensor,
+    c: Conditioning,
+    unconditional: Conditioning,
+    negative_guidance: float,
+) -> Tensor:
+    """Phi_u - eta (Phi_c - Phi_u) of the model as it is; (N, C, h, w) float32, without gradient.
+
+    Classifier-free guidance by -eta. x_t (N, C, h, w), t (N,), c (N, ...), unconditional (1, ...).
+    """
+    with torch.no_grad():
+        phi_u, phi_c = _predict_both(model, x_t, t, c, unconditional)
+    return guide(phi_u.float(), phi_c.float(), -negative_guidance)
+
+
+@torch.no_grad()
+def walk_apart(
+    model: DiffusionModel,
+    sampler: Sampler,
+    generators: Sequence[Generator],
+    stops: Tensor,
+    c: Conditioning,
+    unconditional: Conditioning,
+    guidance: float,
+) -> tuple[Tensor, Tensor]:
+    """`cad.sampling.walk` of N elements, each of which leaves after its own number of steps.
+
+    stops (N,) int64 on the CPU, from 0 and below the sampler's steps; c (N, ...), unconditional
+    (1, ...). Returns x_t (N, C, h, w), as the network takes it, and t (N,). The sampler must be
+    first-order, since the batch shrinks on the way, and draw no noise.
+    """
+    x_t = draw_noise(model, generators) * sampler.init_sigma  # (N, C, h, w)
+    reached = torch.empty_like(x_t)
+    walking = torch.arange(len(stops))  # numbers of the n elements still on their way
+    for index, t in enumerate(sampler.timesteps):
+        x_in = sampler.scale(x_t, t)  # (n, C, h, w)
+        stays = stops[walking] > index  # (n,)
+        reached[walking[~stays]] = x_in[~stays]
+        walking, x_t, x_in = walking[stays], x_t[stays], x_in[stays]
+        if not len(walking):
+            break
+        phi_u, phi_c = _predict_both(model, x_in, t, c[walking], unconditional)
+        x_t = sampler.step(guide(phi_u, phi_c, guidance), t, x_t, None)
+    return reached, sampler.timesteps[stops.to(sampler.timesteps.device)]
+
+
+def with_weights(
+    denoiser: nn.Module, weights: Mapping[str, Tensor], work: Callable[..., Any], *args: Any
+) -> Any:
+    """work(*args) while the denoiser has these weights; afterwards it has its own again."""
+    named = {f"denoiser.{name}": weight for name, weight in weights.items()}
+    return functional_call(_Host(denoiser), named, (work, *args))
+
+
+@contextmanager
+def checkpointed_gradients(denoiser: Any, wanted: bool) -> Iterator[None]:
+    """Gradient checkpointing inside the block, if it is wanted; afterwards as it was."""
+    switch = wanted and not denoiser.is_gradient_checkpointing
+    if switch:
+        denoiser.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        if switch:
+            denoiser.disable_gradient_checkpointing()
+
+
+class _Host(nn.Module):
+    """Lets `functional_call` do any work with the denoiser, not its forward alone."""
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+
+    def forward(self, work: Callable[..., Any], *args: Any) -> Any:
+        return work(*args)
+
+
+def _predict_both(
+    model: DiffusionModel, x_t: Tensor, t: Tensor, c: Conditioning, unconditional: Conditioning
+) -> tuple[Tensor, Tensor]:
+    """Phi(x_t, "", t) and Phi(x_t, c, t), (N, C, h, w), in one batch; t () or (N,)."""
+    both = Conditioning.cat([unconditional.expand(len(x_t)), c])  # (2N, ...)
+    times = torch.cat([t, t]) if t.dim() else t
+    phi_u, phi_c = model.predict(torch.cat([x_t, x_t]), times, both).chunk(2)
+    return phi_u, phi_c
+
+
+def _trainable_copy(weight: Tensor) -> Tensor:
+    """Float32, or wider if the weight is."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return weight.detach().to(dtype, copy=True).requires_grad_()
+
+
+def _draw_below(end: int, generators: Sequence[Generator]) -> Tensor:
+    """One integer of 0 .. end - 1 from each generator; (N,) int64 on the CPU."""
+    return torch.cat([torch.randint(end, (1,), generator=each) for each in generators])
+
+
+def _check_count(key: str, value: Any, low: int) -> None:
+    if not isinstance(value, int) or value < low:
+        raise UserError(f"edit.{key}={value} is not allowed: it is a whole number from {low}.")
+
+
+def _check_finite(key: str, value: Any) -> None:
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError(f"edit.{key}={value} is not allowed: it is a finite number.")
