@@ -50,6 +50,7 @@ class Edit(ABC):
     """
 
     name: ClassVar[str]  # as in conf/edit/NAME.yaml
+    version: ClassVar[int] = 1  # raise it when the edits of equal settings change
 
     def __call__(self, model: DiffusionModel, concept: Concept, *more: Concept) -> WeightEdit:
         """The changes that erase or amplify the concept, or several at once, with their cost.
@@ -67,6 +68,7 @@ class Edit(ABC):
         return {
             "model": model.provenance(),
             "edit": self.name,
+            "version": self.version,
             "settings": dict(self.settings(concepts)),
             "concepts": [asdict(each) for each in concepts],
             **describe_runtime(model.device),

@@ -35,8 +35,8 @@ class Selection:
             raise UserError(f"ratio.per={self.per!r} is unknown; allowed: {', '.join(PER)}.")
 
     def budget(self, width: int) -> int:
-        """k = floor(ratio * width), with the ratio as it is written: 0.29 of 100 is 29."""
-        return math.floor(Fraction(repr(float(self.ratio))) * width)
+        """k = floor(ratio * width), with the ratio as it is written."""
+        return floor_share(self.ratio, width)
 
     def check(self, weights: Mapping[str, Tensor]) -> None:
         """UserError if the ratio is so small that no component of these weights can be chosen."""
@@ -64,6 +64,11 @@ class Selection:
     def _rankings(self, score: Tensor) -> Tensor:
         """What competes for one budget, a ranking per row: (out, in) or (1, out * in)."""
         return score if self.per == "row" else score.reshape(1, -1)
+
+
+def floor_share(share: float, total: int) -> int:
+    """floor(share * total), with the share as it is written: 0.29 of 100 is 29."""
+    return math.floor(Fraction(repr(float(share))) * total)
 
 
 def top_positive(scores: Tensor, k: int) -> Tensor:

@@ -1,11 +1,11 @@
-"""A run's aggregates: over the target's images, over the others', over each group's, over all.
+"""A run's aggregates: over the targets' images, over the others', over each group's, over all.
 
-"The others" is the mean of their groups' values, as in the paper's tables. Where all groups have
-the same number of images that is the aggregate of all these images at once, which has the
-evaluator's own interval. Where they have not (`limit` cut the last round), the mean is taken, and
-its interval is put together from the groups' intervals: Zou, Huang and Zhang, "A note on confidence
-interval estimation for a linear function of binomial proportions" (2009). Of a metric that is a
-total, it is the total over all the others' images.
+"The others", and several targets together, are the mean of their groups' values, as in the paper's
+tables. Where all groups have the same number of images that is the aggregate of all these images at
+once, which has the evaluator's own interval. Where they have not (`limit` cut the last round), the
+mean is taken, and its interval is put together from the groups' intervals: Zou, Huang and Zhang, "A
+note on confidence interval estimation for a linear function of binomial proportions" (2009). Of a
+metric that is a total, it is the total over all their images.
 
 Metrics of general captions are over all of them at once.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -25,13 +25,13 @@ MEAN = "mean of groups"
 
 
 def aggregate(
-    evaluator: Evaluator, records: Sequence[Record], target: str, state: str
+    evaluator: Evaluator, records: Sequence[Record], targets: Collection[str], state: str
 ) -> list[dict[str, Any]]:
     """A row per scope, as JSON data; scopes without images have none.
 
     The scopes are "target", "others" and "group", or "general" alone for an evaluator of general
-    captions. A row is a `Metric` with its scope, state ("before", "after"), group (None for the
-    others), the number of `groups` in it, and what it was taken `over`: POOLED or MEAN.
+    captions. A row is a `Metric` with its scope, state ("before", "after"), group (None for
+    several), the number of `groups` in it, and what it was taken `over`: POOLED or MEAN.
     """
     groups: dict[str, list[Record]] = {}
     for record in records:
@@ -39,12 +39,13 @@ def aggregate(
     if evaluator.measures == GENERAL:
         whole = (evaluator.aggregate(records), POOLED)
         return [{"state": state} | _row("general", None, len(groups), whole)]
-    others = [chosen for name, chosen in groups.items() if name != target]
     rows = []
-    if target in groups:
-        rows.append(_row("target", target, 1, (evaluator.aggregate(groups[target]), POOLED)))
-    if others:
-        rows.append(_row("others", None, len(others), over_groups(evaluator, others)))
+    for scope, wanted in (("target", True), ("others", False)):
+        names = [name for name in groups if (name in targets) == wanted]
+        if names:
+            only = names[0] if wanted and len(names) == 1 else None
+            over = over_groups(evaluator, [groups[name] for name in names])
+            rows.append(_row(scope, only, len(names), over))
     for name, chosen in groups.items():
         rows.append(_row("group", name, 1, (evaluator.aggregate(chosen), POOLED)))
     return [{"state": state} | row for row in rows]

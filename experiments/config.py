@@ -46,6 +46,9 @@ LEFT_OUT = (  # changes no result, or (device, dtype) is in the identity once, a
     "model.adapter.source.gated",
     "model.adapter.source.note",
     "edit.store",
+    "edit.values",
+    "edit.checkpoints",
+    "edit.checkpoint_every",
     "prompts.source.licence",
     "model.prompts.general.source.licence",
     "evaluator.*.device",
@@ -56,13 +59,40 @@ LEFT_OUT = (  # changes no result, or (device, dtype) is in the identity once, a
 
 
 def register_resolvers() -> None:
-    """Make `${default_ratio:...}`, `${short_hash:...}` and `${repository:}` known to OmegaConf.
+    """Make the resolvers of conf/ known to OmegaConf: `${first:...}`, `${setting:...}` and others.
 
     `short_hash` is cached in the configuration, so all jobs of a multirun share its folder.
     """
+    OmegaConf.register_new_resolver("first", first, replace=True)
+    OmegaConf.register_new_resolver("setting", setting, replace=True)
     OmegaConf.register_new_resolver("default_ratio", default_ratio, replace=True)
     OmegaConf.register_new_resolver("short_hash", short_hash, replace=True, use_cache=True)
     OmegaConf.register_new_resolver("repository", lambda: str(REPOSITORY), replace=True)
+
+
+def first(nodes: DictConfig) -> Any:
+    """The first value of a mapping."""
+    return next(iter(nodes.values()))
+
+
+def setting(name: str, *, _root_: DictConfig) -> Any:
+    """The value of `edit.values.<name>` that fits the model and the (first) concept.
+
+    In this order: <model>.<concept>, <model>.<kind of concept>, default.<concept>, default.<kind>.
+    What `quick` has (debug=tiny) comes before all. Raises UserError where there is none of them.
+    """
+    if name in _root_.quick:
+        return _root_.quick[name]
+    edit, model, concept = _root_.edit, _root_.model, _root_.concept
+    tables = edit["values"][name]
+    for table in (tables.get(model.name, {}), tables.get("default", {})):
+        for key in (concept.name, concept.kind):
+            if key in table:
+                return table[key]
+    raise UserError(
+        f"edit={edit.name} has no default of {name} for concept={concept.name} (kind "
+        f"{concept.kind}) of model={model.name}: set edit.{name}"
+    )
 
 
 def default_ratio(ratios: DictConfig, edit: str, concept: DictConfig) -> float | None:
@@ -84,7 +114,7 @@ def check(cfg: DictConfig) -> None:
     """Raise UserError for the first value that cannot work, before anything is loaded."""
     _check_adapter(cfg)
     _check_prompts(cfg)
-    _check_concept(cfg)
+    _check_concepts(cfg)
     _check_ratio(cfg)
     _check_choices(cfg)
     _check_count("seed", cfg.seed, 0)
@@ -134,6 +164,11 @@ def _check_effect(cfg: DictConfig) -> None:
             f"effect.count={cfg.effect.count} needs an edit with an attribution; "
             f"edit={cfg.edit.name} has none. Use effect.count=0 or edit=erase"
         )
+    if cfg.effect.count and len(cfg.concepts) > 1:
+        raise UserError(
+            f"effect.count={cfg.effect.count} looks at the objective of one concept; chosen are "
+            f"{', '.join(cfg.concepts)}. Use effect.count=0 or name one"
+        )
 
 
 def settle(cfg: DictConfig) -> DictConfig:
@@ -158,12 +193,19 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
     results lie and who logs them is not. A local path is replaced by the SHA-256 of its content.
     """
     import torch
+    from hydra.utils import get_class
 
     from cad import score_store
+    from cad.edits import Edit
     from cad.runtime import describe_runtime
     from evaluation import generation
 
-    versions = {"images": generation.VERSION, "scores": score_store.VERSION}
+    method: type[Edit] = get_class(cfg.edit._target_)
+    versions = {
+        "images": generation.VERSION,
+        "scores": score_store.VERSION,
+        "edit": method.version,
+    }
     chosen = {
         "version": {"result": RESULT_VERSION, **versions},
         "model": {
@@ -171,7 +213,7 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
             "sampler": plain(cfg.model.sampler),
             "prompts": {"general": plain(cfg.model.prompts.general)},
         },
-        "concept": plain(cfg.concept),
+        "concepts": plain(cfg.concepts),
         "edit": plain(cfg.edit),
         "prompts": plain(cfg.prompts),
         "evaluator": plain(cfg.evaluator),
@@ -272,19 +314,30 @@ def _check_images_per_class(cfg: DictConfig) -> None:
     )
 
 
-def _check_concept(cfg: DictConfig) -> None:
-    known = cfg.model.concepts
-    if known is not None and cfg.concept.name not in known:
+def _check_concepts(cfg: DictConfig) -> None:
+    kinds = {concept.name: concept.kind for concept in cfg.concepts.values()}
+    if len(set(kinds.values())) > 1:
         raise UserError(
-            f"concept={cfg.concept.name} is unknown to model={cfg.model.name}, which draws: "
+            f"concept=[{','.join(kinds)}] are of different kinds ({', '.join(kinds.values())}); "
+            "several concepts are edited and measured together only if they are of one kind"
+        )
+    for concept in cfg.concepts.values():
+        _check_concept(cfg, concept)
+
+
+def _check_concept(cfg: DictConfig, concept: DictConfig) -> None:
+    known = cfg.model.concepts
+    if known is not None and concept.name not in known:
+        raise UserError(
+            f"concept={concept.name} is unknown to model={cfg.model.name}, which draws: "
             f"{', '.join(known)}. Choose one of these, or another model"
         )
     groups = concept_groups(cfg)
-    if groups and cfg.concept.name not in groups:
+    if groups and concept.name not in groups:
         raise UserError(
-            f"concept={cfg.concept.name} has no images in the chosen prompts, whose groups are: "
+            f"concept={concept.name} has no images in the chosen prompts, whose groups are: "
             f"{', '.join(groups)}. Choose a concept among them, other prompts (prompts=NAME), or "
-            f"add it: {_adding(cfg.concept, 'styles' if 'styles' in cfg.prompts else 'subjects')}"
+            f"add it: {_adding(concept, 'styles' if 'styles' in cfg.prompts else 'subjects')}"
         )
 
 

@@ -8,23 +8,28 @@ and writing down are done again.
 from __future__ import annotations
 
 import gc
+import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import hydra
+import numpy as np
+from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
 
 from cad.concepts import Concept
+from cad.edit_store import EditStore
 from cad.edits import Edit, NoEdit
 from cad.errors import UserError
+from cad.files import link_or_copy
 from cad.models.base import DiffusionModel
 from cad.weight_edit import WeightEdit
 from evaluation.evaluators.base import CONCEPT, GENERAL, Evaluator, Record, score_image_set
 from evaluation.files import write_atomically
-from evaluation.generation import SamplerSettings, check_prompts, generate
+from evaluation.generation import SamplerSettings, Watcher, check_prompts, generate
 from evaluation.image_sets import ImageSet
 from evaluation.masking import Masker
 from evaluation.prompts import Prompt, build_prompts
@@ -32,12 +37,14 @@ from experiments.aggregation import aggregate
 from experiments.config import plain
 from experiments.effect import check_effects, correlate_effects
 from experiments.environment import describe_environment
-from experiments.pictures import before_after
+from experiments.pictures import before_after, loss_curve
 from experiments.rendering import result_table, title, to_markdown
-from experiments.results import ResultFolder, read_json, write_json, write_records
+from experiments.results import ResultFolder, read_json, read_lines, write_json, write_records
 
+NOT_ARGUMENTS = {"name", "values"}  # of the edit's class: what the configuration says of itself
 EDIT = "edit.safetensors"
 COST = "cost.json"
+HISTORY = "history.jsonl"
 
 Images = dict[str, dict[str, ImageSet]]
 """What is measured (CONCEPT, GENERAL) -> state ("before", "after") -> its images."""
@@ -50,7 +57,7 @@ class Parts:
     """What a configuration is made into before any work is done."""
 
     model: DiffusionModel
-    concept: Concept
+    concepts: tuple[Concept, ...]  # all of one kind
     method: Edit
     prompts: dict[str, list[Prompt]]  # by what the evaluators measure: CONCEPT, GENERAL
     settings: SamplerSettings
@@ -65,14 +72,16 @@ def run_experiment(cfg: DictConfig, folder: ResultFolder) -> Path:
     parts = build_parts(cfg)
     check_parts(cfg, parts)
     work = folder.open()
-    edit = make_edit(work, parts)
+    edit = make_edit(work, cfg, parts)
     effect = report_effects(work, cfg, parts)
-    images = make_images(parts, edit, Path(cfg.paths.images))
-    records, rows = evaluate(build_evaluators(cfg), parts.concept.name, images)
+    watchers = build_watchers(cfg, parts.model)
+    images = make_images(parts, edit, Path(cfg.paths.images), watchers=watchers)
+    targets = [concept.name for concept in parts.concepts]
+    records, rows = evaluate(build_evaluators(cfg, watchers), targets, images)
     summary = {
         "config_hash": folder.digest,
         "model": {"name": cfg.model.name, **parts.model.provenance()},
-        "concept": cfg.concept.name,
+        "concepts": targets,
         "edit": _describe_edit(cfg, edit),
         "seed": cfg.seed,
         "sampler": asdict(parts.settings),
@@ -97,7 +106,7 @@ def make_shard(cfg: DictConfig, folder: ResultFolder, shard: tuple[int, int]) ->
     with folder.locked():
         if folder.is_complete():
             return
-        edit = make_edit(folder.open(), parts)
+        edit = make_edit(folder.open(), cfg, parts)
     images = make_images(parts, edit, Path(cfg.paths.images), shard)
     missing = sum(made.missing() for sets in images.values() for made in sets.values())
     if missing:
@@ -110,63 +119,99 @@ def build_parts(cfg: DictConfig) -> Parts:
     """Instantiate everything, the model first. Raises UserError for what is missing or misfits."""
     quiet_libraries()
     model: DiffusionModel = hydra.utils.instantiate(cfg.model.adapter, _convert_="all")
-    concept: Concept = hydra.utils.instantiate(cfg.concept)
-    # The name is how the configuration calls the method; the class has its own.
-    method = plain(cfg.edit)
-    del method["name"]
+    concepts = tuple(hydra.utils.instantiate(node) for node in cfg.concepts.values())
     return Parts(
         model=model,
-        concept=concept,
-        method=hydra.utils.instantiate(method),
-        prompts=build_needed_prompts(cfg, concept),
+        concepts=concepts,
+        method=build_method(cfg),
+        prompts=build_needed_prompts(cfg, concepts),
         settings=SamplerSettings(**plain(cfg.model.sampler)),
     )
 
 
-def build_needed_prompts(cfg: DictConfig, concept: Concept) -> dict[str, list[Prompt]]:
+def build_method(cfg: DictConfig) -> Edit:
+    """The chosen edit. Raises UserError for its settings' mistakes."""
+    arguments = plain(cfg.edit)
+    for key in NOT_ARGUMENTS & arguments.keys():
+        del arguments[key]
+    method: Edit = hydra.utils.instantiate(arguments, _convert_="all")
+    return method
+
+
+def build_needed_prompts(cfg: DictConfig, concepts: Sequence[Concept]) -> dict[str, list[Prompt]]:
     """The prompts that the chosen evaluators measure. UserError where the model has none of them.
 
     General captions are the model's (`model.prompts.general`); with none to measure, none are made.
     """
+    targets = [concept.name for concept in concepts]
+    kind = concepts[0].kind
     sources = {CONCEPT: cfg.prompts, GENERAL: cfg.model.prompts.general}
     found = {}
     for node in _evaluator_nodes(cfg):
-        evaluator: type[Evaluator] = hydra.utils.get_class(node._target_)
+        evaluator = _class_of(node)
         measured = evaluator.measures
         if sources[measured] is None:
             raise UserError(
                 f"evaluator={evaluator.name} measures {measured} prompts, and model="
-                f"{cfg.model.name} has none for concept={concept.name}: choose prompts=NAME, or "
-                f"set model.prompts.{GENERAL if measured == GENERAL else concept.kind}"
+                f"{cfg.model.name} has none for concept={','.join(targets)}: choose prompts=NAME, "
+                f"or set model.prompts.{GENERAL if measured == GENERAL else kind}"
             )
         if measured not in found:
             prompt_set = hydra.utils.instantiate(sources[measured], _convert_="all")
             prompts = build_prompts(prompt_set)
             if measured == CONCEPT:
-                _check_target(prompts, concept.name, prompt_set.name)
-            found[measured] = take_in_turn(prompts, concept.name, cfg.limit)
+                _check_targets(prompts, targets, prompt_set.name)
+            found[measured] = take_in_turn(prompts, targets, cfg.limit)
     if not found:
         logger.warning(
             "model=%s has no evaluator for %s concepts: the edit is made and saved, nothing is "
             "measured",
             cfg.model.name,
-            concept.kind,
+            kind,
         )
     return found
 
 
-def _check_target(prompts: Sequence[Prompt], target: str, set_name: str) -> None:
+def _check_targets(prompts: Sequence[Prompt], targets: Sequence[str], set_name: str) -> None:
     groups = dict.fromkeys(prompt.group for prompt in prompts)
-    if target not in groups:
+    missing = [target for target in targets if target not in groups]
+    if missing:
         raise UserError(
-            f"concept={target} has no images in the prompts {set_name}, whose groups are: "
-            f"{', '.join(groups)}. Choose a concept among them, or other prompts (prompts=NAME)"
+            f"concept={','.join(missing)} has no images in the prompts {set_name}, whose groups "
+            f"are: {', '.join(groups)}. Choose a concept among them, or other prompts "
+            "(prompts=NAME)"
         )
 
 
-def build_evaluators(cfg: DictConfig) -> list[Evaluator]:
-    """The chosen evaluators with their weights loaded; none where nothing is measured."""
-    return [hydra.utils.instantiate(node, _convert_="all") for node in _evaluator_nodes(cfg)]
+def build_evaluators(cfg: DictConfig, built: Sequence[Evaluator] = ()) -> list[Evaluator]:
+    """The chosen evaluators with their weights loaded; none where nothing is measured.
+
+    Those `built` before are taken as they are.
+    """
+    by_class = {type(evaluator): evaluator for evaluator in built}
+    return [
+        by_class.get(_class_of(node)) or hydra.utils.instantiate(node, _convert_="all")
+        for node in _evaluator_nodes(cfg)
+    ]
+
+
+def build_watchers(cfg: DictConfig, model: DiffusionModel) -> list[Evaluator]:
+    """Evaluators that look at images while the GPU makes more; none where a CPU makes them.
+
+    There both would share the cores, and neither would be done sooner.
+    """
+    if model.device.type == "cpu":
+        return []
+    return [
+        hydra.utils.instantiate(node, _convert_="all")
+        for node in _evaluator_nodes(cfg)
+        if _class_of(node).foresees
+    ]
+
+
+def _class_of(node: DictConfig) -> type[Evaluator]:
+    found: type[Evaluator] = hydra.utils.get_class(node._target_)
+    return found
 
 
 def _evaluator_nodes(cfg: DictConfig) -> list[DictConfig]:
@@ -189,26 +234,35 @@ def check_parts(cfg: DictConfig, parts: Parts) -> None:
     gc.collect()
 
 
-def take_in_turn(prompts: Sequence[Prompt], target: str, limit: int | None) -> list[Prompt]:
-    """At most `limit` prompts, in their order: group by group in turn, the target's group first."""
+def take_in_turn(
+    prompts: Sequence[Prompt], targets: Collection[str], limit: int | None
+) -> list[Prompt]:
+    """At most `limit` prompts, in their order: group by group in turn, the targets' first."""
     if limit is None:
         return list(prompts)
     seen: dict[str, int] = {}
     ranks: list[tuple[int, bool, int]] = []
     for index, prompt in enumerate(prompts):
         seen[prompt.group] = seen.get(prompt.group, 0) + 1
-        ranks.append((seen[prompt.group], prompt.group != target, index))
+        ranks.append((seen[prompt.group], prompt.group not in targets, index))
     return [prompts[index] for index in sorted(index for *_, index in sorted(ranks)[:limit])]
 
 
-def make_edit(work: Path, parts: Parts) -> WeightEdit:
-    """The edit and, beside it, what it cost; both are read back if an earlier attempt made them."""
+def make_edit(work: Path, cfg: DictConfig, parts: Parts) -> WeightEdit:
+    """The edit, with what it cost and how it went beside it in `work`.
+
+    An earlier attempt's is read back; else it is taken from the store of edits, or made and kept
+    there.
+    """
     if (work / EDIT).exists() and (work / COST).exists():
         logger.info("the edit was made before")
         return WeightEdit.load(work / EDIT)
-    edit = parts.method(parts.model, parts.concept)
+    edit, kept = EditStore(cfg.paths.edits).edit(parts.method, parts.model, parts.concepts)
     write_json(work / COST, asdict(edit.cost))  # first: a saved edit always has its cost
-    edit.save(work / EDIT)
+    if edit.history:
+        lines = "".join(json.dumps(record) + "\n" for record in edit.history)
+        write_atomically(work / HISTORY, lines.encode())
+    link_or_copy(kept, work / EDIT)
     logger.info("edit of %s weights made in %.1f s", f"{edit.num_weights:,}", edit.cost.seconds)
     return edit
 
@@ -218,7 +272,7 @@ def report_effects(work: Path, cfg: DictConfig, parts: Parts) -> dict[str, Any] 
     if not cfg.effect.count:
         return None
     wanted = {"count": cfg.effect.count, "share": cfg.effect.share}
-    found = correlate_effects(parts.model, parts.concept, parts.method, **wanted, seed=cfg.seed)
+    found = correlate_effects(parts.model, parts.concepts[0], parts.method, **wanted, seed=cfg.seed)
     pairs = zip(found.predicted.tolist(), found.measured.tolist(), strict=True)
     lines = [
         "predicted,measured",
@@ -229,15 +283,34 @@ def report_effects(work: Path, cfg: DictConfig, parts: Parts) -> dict[str, Any] 
 
 
 def make_images(
-    parts: Parts, edit: WeightEdit, root: Path, shard: tuple[int, int] | None = None
+    parts: Parts,
+    edit: WeightEdit,
+    root: Path,
+    shard: tuple[int, int] | None = None,
+    watchers: Sequence[Evaluator] = (),
 ) -> Images:
-    """Image sets without and with the edit; without only, for a method that changes nothing."""
-    edits = {"before": NoEdit()(parts.model, parts.concept)}
+    """Image sets without and with the edit; without only, for a method that changes nothing.
+
+    `watchers` are shown the images that they will be asked to score.
+    """
+
+    def show(measured: str) -> Watcher:
+        asked = [evaluator for evaluator in watchers if evaluator.measures == measured]
+
+        def watch(images: NDArray[np.uint8]) -> None:
+            for evaluator in asked:
+                evaluator.foresee(images)
+
+        return watch
+
+    edits = {"before": NoEdit()(parts.model, *parts.concepts)}
     if not isinstance(parts.method, NoEdit):
         edits["after"] = edit
     return {
         measured: {
-            state: generate(parts.model, applied, prompts, parts.settings, root, shard)
+            state: generate(
+                parts.model, applied, prompts, parts.settings, root, shard, show(measured)
+            )
             for state, applied in edits.items()
         }
         for measured, prompts in parts.prompts.items()
@@ -245,9 +318,9 @@ def make_images(
 
 
 def evaluate(
-    evaluators: Sequence[Evaluator], target: str, images: Images
+    evaluators: Sequence[Evaluator], targets: Sequence[str], images: Images
 ) -> tuple[list[Record], list[dict[str, Any]]]:
-    """Per-image records, and aggregates over the target's group, the others, and each group.
+    """Per-image records, and aggregates over the targets' groups, the others, and each group.
 
     Paired evaluators measure what the edit changed, so they have nothing to say before it.
     """
@@ -263,7 +336,7 @@ def evaluate(
             scored = list(score_image_set(evaluator, judged, references))
             origin = {"state": state, "metric": evaluator.name, "images": judged.folder.name}
             records += [origin | record for record in scored]
-            rows += aggregate(evaluator, scored, target, state)
+            rows += aggregate(evaluator, scored, targets, state)
     return records, rows
 
 
@@ -275,7 +348,9 @@ def write_presentation(work: Path, cfg: DictConfig, images: Images) -> None:
     if images:
         shown = images[CONCEPT] if CONCEPT in images else images[GENERAL]
         mask = Masker() if cfg.safety.mask and cfg.concept.kind == "explicit" else None
-        before_after(shown, cfg.concept.name, work / "before_after.png", mask)
+        before_after(shown, metrics["concepts"], work / "before_after.png", mask)
+    if (work / HISTORY).exists():
+        loss_curve(read_lines(work / HISTORY), work / "training.png")
     write_atomically(work / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True).encode())
     write_json(work / "environment.json", describe_environment(cfg.device))
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
@@ -27,15 +28,15 @@ Mask = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
 
 
 def before_after(
-    states: Mapping[str, ImageSet], target: str, path: Path, mask: Mask | None
+    states: Mapping[str, ImageSet], targets: Collection[str], path: Path, mask: Mask | None
 ) -> None:
-    """Write a PNG: one column per prompt (the target's first), a row for each state.
+    """Write a PNG: one column per prompt (the targets' first), a row for each state.
 
     `states` are sets of the same prompts in the same order, by what their rows are called. `mask`
     covers what it finds on each image.
     """
     prompts = next(iter(states.values())).prompts
-    columns, rows = choose_columns(prompts, target), list(states.items())
+    columns, rows = choose_columns(prompts, targets), list(states.items())
     width = MARGIN + len(columns) * (CELL + GAP)
     canvas = Image.new("RGB", (width, LABEL + len(rows) * (CELL + GAP)), "white")
     draw = ImageDraw.Draw(canvas)
@@ -55,12 +56,36 @@ def before_after(
     write_atomically(path, buffer.getvalue())
 
 
-def choose_columns(prompts: Sequence[Prompt], target: str) -> list[int]:
-    """Indices of the shown prompts: the target's first ones, then one of each other group."""
-    chosen = [i for i, prompt in enumerate(prompts) if prompt.group == target][:TARGET_COLUMNS]
+def loss_curve(history: Sequence[Mapping[str, float]], path: Path) -> None:
+    """Write a PNG: the loss of each training step, pale, and its running mean over a twentieth."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    frame = pd.DataFrame(history).set_index("step")
+    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    for name in frame:
+        window = max(1, len(frame) // 20)
+        (line,) = axes.plot(frame[name].rolling(window, min_periods=1).mean(), label=name)
+        axes.plot(frame[name], color=line.get_color(), alpha=0.25, linewidth=0.8)
+    axes.set(xlabel="step", yscale="log")
+    axes.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    plt.close(figure)
+    write_atomically(path, buffer.getvalue())
+
+
+def choose_columns(prompts: Sequence[Prompt], targets: Collection[str]) -> list[int]:
+    """Indices of the shown prompts: the targets' first ones, then one of each other group."""
+    each = max(1, TARGET_COLUMNS // max(1, len(targets)))  # columns
+    chosen = []
+    for target in targets:
+        chosen += [i for i, prompt in enumerate(prompts) if prompt.group == target][:each]
     others: dict[str, int] = {}
     for i, prompt in enumerate(prompts):
-        if prompt.group != target:
+        if prompt.group not in targets:
             others.setdefault(prompt.group, i)
     return chosen + list(others.values())[:OTHER_COLUMNS]
 

@@ -60,12 +60,18 @@ def show_table(frame: pd.DataFrame, caption: str, console: Console | None = None
 
 def title(metrics: dict[str, Any]) -> str:
     """What was done, in a line: "erase parachute from mini, ratio 0.01 per row of ff"."""
-    edit = metrics["edit"]
+    edit, concepts = metrics["edit"], join_concepts(metrics)
     if edit["name"] == "none":
-        return f"{metrics['concept']} by {metrics['model']['name']}, unedited"
+        return f"{concepts} by {metrics['model']['name']}, unedited"
     how = "" if edit["ratio"] is None else f", ratio {edit['ratio']:g} per {edit['per']}"
     where = f" of {edit['component']}" if how else ""
-    return f"{edit['name']} {metrics['concept']}, {metrics['model']['name']}{how}{where}"
+    return f"{edit['name']} {concepts}, {metrics['model']['name']}{how}{where}"
+
+
+def join_concepts(metrics: dict[str, Any]) -> str:
+    """What a run edited, in words: "church", "church and parachute"."""
+    *rest, last = metrics["concepts"]
+    return f"{', '.join(rest)} and {last}" if rest else str(last)
 
 
 def find_metric(
@@ -112,7 +118,8 @@ def _label(metrics: dict[str, Any], row: dict[str, Any] | None, scope: str) -> s
     if scope == "general":
         return f"{name} on general captions, {row['unit']} {arrow} (n = {row['n']})"
     if scope == "target":
-        return f"{name} on {metrics['concept']}, {row['unit']} (n = {row['n']})"
+        mean = ", mean of groups" if row["over"] == MEAN else ""
+        return f"{name} on {join_concepts(metrics)}, {row['unit']} (n = {row['n']}{mean})"
     who = "the other group" if row["groups"] == 1 else f"the {row['groups']} others"
     mean = ", mean of groups" if row["over"] == MEAN else ""
     return f"{name} on {who}, {row['unit']} {arrow} (n = {row['n']}{mean})"
@@ -135,7 +142,7 @@ def _cost_rows(metrics: dict[str, Any], cost: dict[str, Any]) -> list[list[str]]
     if metrics["edit"]["name"] == "none":
         return []
     kind = f" ({cost['memory_kind']})" if cost["memory_kind"] else ""
-    cached = " (cached scores; cost of making them)" if cost["cached"] else ""
+    cached = " (cached; cost of making it)" if cost["cached"] else ""
     return [
         ["weights changed", DASH, f"{metrics['edit']['num_weights']:,}", DASH],
         [f"editing time{cached}", DASH, f"{cost['seconds']:.1f} s", DASH],

@@ -12,6 +12,8 @@ file; all are checked on each reuse. Files of a folder:
     metrics.json        aggregates with n, interval, unit, direction, version; deterministic
     cost.json           editing time and peak memory: the machine's, hence apart
     environment.json    versions, commit, device, date
+    history.jsonl       how making the edit went, a line per step, if the method trains
+    training.png        the loss in it
     effects.csv         predicted and measured change of J of each ablation, if asked for
     table.md, before_after.png
     manifest.json       SHA-256 of the above
@@ -55,13 +57,14 @@ class ResultFolder:
     """The place of one experiment's result under `runs`."""
 
     runs: Path
-    label: str  # "<model>-<concept>-<edit>", for people
+    label: str  # "<model>-<concepts>-<edit>", for people
     digest: str  # of the configuration's identity
 
     @classmethod
     def of(cls, cfg: DictConfig) -> Self:
         """The folder that a settled configuration's result has."""
-        label = f"{cfg.model.name}-{cfg.concept.name}-{cfg.edit.name}"
+        concepts = "+".join(concept.name for concept in cfg.concepts.values())
+        label = f"{cfg.model.name}-{concepts}-{cfg.edit.name}"
         return cls(Path(cfg.paths.runs), label, short_hash(identity(cfg)))
 
     @property
@@ -179,8 +182,7 @@ def write_records(folder: Path, records: Sequence[Record]) -> None:
 
 def read_records(folder: Path) -> list[Record]:
     """What `write_records` was given."""
-    lines = (folder / RECORDS).read_text(encoding="utf-8").splitlines()
-    records: list[Record] = [json.loads(line) for line in lines]
+    records: list[Record] = read_lines(folder / RECORDS)
     if not (folder / ARRAYS).exists():
         return records
     for name, rows in load_file(folder / ARRAYS).items():
@@ -189,6 +191,11 @@ def read_records(folder: Path) -> list[Record]:
         for record, row in zip(owners, rows, strict=True):
             record[key] = row
     return records
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The values of a file with one JSON object a line."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def read_json(path: Path) -> Any:
@@ -215,4 +222,5 @@ def _files(folder: Path) -> list[str]:
 
 
 def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

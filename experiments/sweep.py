@@ -18,7 +18,14 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from evaluation.files import write_atomically
-from experiments.rendering import DASH, find_metric, format_interval, show_table, to_markdown
+from experiments.rendering import (
+    DASH,
+    find_metric,
+    format_interval,
+    join_concepts,
+    show_table,
+    to_markdown,
+)
 from experiments.results import read_json, write_json
 
 if TYPE_CHECKING:
@@ -187,7 +194,7 @@ def _settings(metrics: dict[str, Any]) -> dict[str, Any]:
     edit = metrics["edit"]
     return {
         "model": metrics["model"]["name"],
-        "concept": metrics["concept"],
+        "concept": join_concepts(metrics),
         "edit": edit["name"],
         "component": edit["component"],
         "ratio": edit["ratio"],

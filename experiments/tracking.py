@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from cad.errors import UserError
 from experiments.rendering import result_table
-from experiments.results import read_json, write_json
+from experiments.results import read_json, read_lines, write_json
 
 if TYPE_CHECKING:
     import wandb
@@ -124,6 +124,10 @@ def _send(run: wandb.Run, folder: Path) -> None:
     values["table"] = wandb.Table(dataframe=result_table(metrics, cost))
     if (folder / "before_after.png").exists():
         values["before_after"] = wandb.Image(str(folder / "before_after.png"))
+    if (folder / "history.jsonl").exists():
+        for record in read_lines(folder / "history.jsonl"):
+            run.log({f"training/{key}": value for key, value in record.items()})
+        values["training"] = wandb.Image(str(folder / "training.png"))
     run.log(values)
 
 

@@ -36,7 +36,7 @@ def write_result(
         edit |= {"ratio": ratio, "per": "row", "component": "ff"}
     metrics = {
         "model": {"name": "mini"},
-        "concept": concept,
+        "concepts": [concept],
         "edit": edit,
         "seed": 0,
         "images": {

@@ -56,7 +56,7 @@ def records(**groups: str) -> list[Record]:
 
 
 def test_groups_of_one_size_are_pooled() -> None:
-    rows = aggregate(Share(), records(church="10", tench="11", face="00"), "church", "before")
+    rows = aggregate(Share(), records(church="10", tench="11", face="00"), ["church"], "before")
     target, others, *groups = rows
     assert (target["scope"], target["value"], target["n"]) == ("target", 50, 2)
     assert (others["scope"], others["value"], others["n"]) == ("others", 50, 4)
@@ -66,19 +66,27 @@ def test_groups_of_one_size_are_pooled() -> None:
 
 
 def test_groups_of_other_sizes_count_alike() -> None:
-    others = aggregate(Share(), records(church="1", tench="111", face="0"), "church", "after")[1]
+    others = aggregate(Share(), records(church="1", tench="111", face="0"), ["church"], "after")[1]
     assert (others["value"], others["n"]) == (50, 4)  # pooled, it would be 75
     assert (others["groups"], others["over"]) == (2, MEAN)
     assert 0 <= others["low"] < 50 < others["high"] <= 100
 
 
 def test_totals_add_up() -> None:
-    others = aggregate(Total(), records(church="1", tench="111", face="0"), "church", "after")[1]
+    others = aggregate(Total(), records(church="1", tench="111", face="0"), ["church"], "after")[1]
     assert (others["value"], others["n"], others["over"]) == (3, 4, POOLED)
 
 
+def test_several_targets_are_one_scope() -> None:
+    rows = aggregate(Share(), records(church="10", tench="11", face="00"), ["face", "church"], "x")
+    target, others, *groups = rows
+    assert (target["value"], target["n"], target["groups"], target["group"]) == (25, 4, 2, None)
+    assert (others["value"], others["n"], others["groups"]) == (100, 2, 1)
+    assert len(groups) == 3
+
+
 def test_general_captions_are_one_row() -> None:
-    (row,) = aggregate(Captions(), records(captions="1101"), "church", "before")
+    (row,) = aggregate(Captions(), records(captions="1101"), ["church"], "before")
     assert (row["scope"], row["group"], row["value"], row["n"]) == ("general", None, 75, 4)
 
 
@@ -103,5 +111,5 @@ def test_equal_groups_agree_with_pooling_in_value() -> None:
 
 
 def test_only_the_target_has_no_others() -> None:
-    rows = aggregate(Share(), records(church="1"), "church", "before")
+    rows = aggregate(Share(), records(church="1"), ["church"], "before")
     assert [row["scope"] for row in rows] == ["target", "group"]

@@ -169,8 +169,11 @@ def test_a_concept_needs_images_of_its_own_and_the_advice_works() -> None:
     check(compose("concept=face", *advice))
 
 
+LIGHTHOUSE = ("concepts.parachute.name=lighthouse", "concepts.parachute.text=red lighthouse")
+
+
 def test_the_default_prompts_cannot_be_added_to_but_named_ones_can() -> None:
-    lighthouse = ["model=sd14", "concept.name=lighthouse", "concept.text=red lighthouse"]
+    lighthouse = ["model=sd14", *LIGHTHOUSE]
     with pytest.raises(UserError, match="prompts has subjects alone") as caught:
         check(compose(*lighthouse, "+prompts.subjects.lighthouse=red lighthouse"))
     advice = shlex.split(str(caught.value).partition("for example ")[2])
@@ -184,6 +187,43 @@ def test_the_default_prompts_cannot_be_added_to_but_named_ones_can() -> None:
 def test_unknown_keys_and_options_are_errors(override: str) -> None:
     with pytest.raises((HydraException, OmegaConfBaseException)):
         compose(override)
+
+
+def test_several_concepts_follow_the_first_and_are_of_one_kind() -> None:
+    cfg = compose("concept=[church,tench]")
+    check(cfg)
+    assert list(cfg.concepts) == ["church", "tench"]
+    assert cfg.concept.name == "church"
+    assert cfg.ratio.value == compose("concept=church").ratio.value
+    assert identify("concept=[church,tench]") != identify("concept=church")
+    with pytest.raises(UserError, match=r"concept=\[church,pop_art\] are of different kinds"):
+        check(compose("concept=[church,pop_art]"))
+    with pytest.raises(UserError, match="concept=nudity is unknown"):
+        check(compose("concept=[nudity]"))
+    with pytest.raises(UserError, match=r"effect\.count=5 looks at the objective of one concept"):
+        check(compose("concept=[church,tench]", "effect.count=5"))
+
+
+def test_settings_follow_model_and_concept() -> None:
+    rows = {"default": {"object": 1, "church": 2}, "sd21": {"object": 3}, "sdxl": {"church": 4}}
+    expected = {
+        ("sd14", "parachute"): 1,
+        ("sd14", "church"): 2,
+        ("sd21", "church"): 3,  # the model comes before the concept
+        ("sdxl", "church"): 4,
+        ("sdxl", "parachute"): 1,
+    }
+    for (model, concept), value in expected.items():
+        cfg = compose(f"model={model}", f"concept={concept}").copy()
+        OmegaConf.set_struct(cfg, False)
+        cfg.edit = {"name": "new", "rounds": "${setting:rounds}", "values": {"rounds": rows}}
+        assert cfg.edit.rounds == value
+        cfg.quick = {"rounds": 0}
+        assert cfg.edit.rounds == 0
+        cfg.quick = {}
+    cfg.concepts = {"nudity": compose("model=sd14", "concept=nudity").concepts.nudity}
+    with pytest.raises(OmegaConfBaseException, match=r"no default of rounds for concept=nudity"):
+        _ = cfg.edit.rounds
 
 
 def test_groups_follow_the_kind_of_concept() -> None:
@@ -238,6 +278,7 @@ def test_a_subject_called_path_is_no_path() -> None:
 def test_every_left_out_and_content_place_is_in_some_configuration() -> None:
     combinations = (
         ("edit=amplify",),
+        ("edit=esd",),
         ("evaluator=[accuracy,style_accuracy,nudity,fid]",),
         ("model=sd14", "prompts=imagenette", "evaluator=[fid]"),
     )

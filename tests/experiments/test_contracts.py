@@ -25,11 +25,21 @@ from cad.models.stable_diffusion import StableDiffusionModel
 from cad.weight_edit import NO_EDIT, WeightEdit
 from evaluation.evaluators.base import GENERAL, Evaluator, Metric
 from evaluation.prompts import Prompt, build_prompts
-from experiments.config import REPOSITORY, check, plain, register_resolvers
+from experiments.config import REPOSITORY, check, register_resolvers
+from experiments.experiment import build_method
 from experiments.results import read_records, write_records
 
 CONF = REPOSITORY / "conf"
 SMALL = ("debug=tiny", "ratio.value=0.05", "model.attribution.steps=1", "device=cpu")
+SMALL_EDITS = {  # what a method needs beside, for a model of one-letter tokens; most need nothing
+    "concept_prune": (
+        "edit.base_template='{filler}'",
+        "edit.concept_template='{concept} {filler}'",
+        "edit.fillers=[day,hut]",
+    ),
+    "rece": ("edit.uce.preserve=[day]",),
+    "uce": ("edit.preserve=[day]",),
+}
 
 
 def options(group: str) -> list[str]:
@@ -51,9 +61,9 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def build_edit(name: str, folder: Path) -> Edit:
     """The edit of conf/edit/NAME.yaml in a small configuration, its caches below `folder`."""
     paths = (f"paths.miniature={folder}", f"paths.results={folder}")
-    settings = plain(compose(f"edit={name}", *SMALL, *paths).edit)
-    assert settings.pop("name") == name
-    edit = hydra.utils.instantiate(settings)
+    small = (*SMALL, *SMALL_EDITS.get(name, ()), *paths)
+    edit = build_method(compose(f"edit={name}", *small))
+    assert edit.name == name
     assert isinstance(edit, Edit)
     return edit
 
@@ -92,6 +102,18 @@ def test_edit_is_deterministic(
         save_file({"church": latents}, folder / "references.safetensors")
         fingerprints.add(build_edit(name, folder)(tiny_model, church).fingerprint)
     assert len(fingerprints) == 1
+
+
+@pytest.mark.parametrize("name", options("edit"))
+def test_edit_of_several_concepts(
+    name: str, tiny_model: StableDiffusionModel, church: Concept, parachute: Concept, tmp_path: Path
+) -> None:
+    x_0 = torch.ones(1, *tiny_model.latent_shape)
+    save_file({"church": x_0, "parachute": x_0}, tmp_path / "references.safetensors")
+    edit = build_edit(name, tmp_path)
+    made = edit(tiny_model, church, parachute)
+    assert [concept["name"] for concept in made.provenance["concepts"]] == ["church", "parachute"]
+    assert (made.fingerprint == edit(tiny_model, church).fingerprint) == (name == "none")
 
 
 @pytest.mark.parametrize("model", options("model"))

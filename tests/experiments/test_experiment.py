@@ -11,7 +11,7 @@ PROMPTS = [Prompt("x", i, group) for i in range(3) for group in ("tench", "churc
 
 
 def test_no_limit_keeps_all_in_order() -> None:
-    assert take_in_turn(PROMPTS, "church", None) == PROMPTS
+    assert take_in_turn(PROMPTS, ["church"], None) == PROMPTS
 
 
 @pytest.mark.parametrize(
@@ -24,4 +24,4 @@ def test_no_limit_keeps_all_in_order() -> None:
     ],
 )
 def test_a_limit_takes_the_target_first_and_goes_round(limit: int, groups: list[str]) -> None:
-    assert [prompt.group for prompt in take_in_turn(PROMPTS, "church", limit)] == groups
+    assert [prompt.group for prompt in take_in_turn(PROMPTS, ["church"], limit)] == groups
