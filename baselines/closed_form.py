@@ -7,7 +7,6 @@ lambda their condition number exceeds what float32 carries.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -153,30 +152,6 @@ def naming(method: str) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"edit={method}: {error}") from error
-
-
-def checked_number(key: str, value: object, *, zero: bool = False) -> float:
-    """The value as a float, if it is finite and above 0 (or 0, if `zero`). UserError otherwise."""
-    number = math.nan
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        number = float(value)
-    if 0 < number < math.inf or (zero and number == 0):
-        return number
-    bound = "of at least 0" if zero else "above 0"
-    raise UserError(f"{key}={value!r} is not allowed: it must be a finite number {bound}.")
-
-
-def checked_text(key: str, value: object) -> str:
-    if not isinstance(value, str):
-        raise UserError(f"{key}={value!r} is not allowed: it must be a text, such as ' '.")
-    return value
-
-
-def checked_texts(key: str, value: object) -> list[str]:
-    """A list of texts as a plain list. UserError for anything else, a single text among it."""
-    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
-        raise UserError(f"{key}={value!r} is not allowed: it must be a list of texts, or [].")
-    return [checked_text(f"{key}[{i}]", each) for i, each in enumerate(value)]
 
 
 def _moment(states: Tensor) -> Tensor:

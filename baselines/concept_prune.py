@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from baselines.checks import check_count, checked_number
 from cad.components import component_weights
 from cad.concepts import Concept, with_article
 from cad.edits import Edit, Made
@@ -72,18 +73,21 @@ class ConceptPrune(Edit):
         )
         _check_fillers(self.fillers)
         for key in ("first_steps", "steps", "batch_size"):
-            _check_count(key, getattr(self, key), 1)
-        _check_count("seed", self.seed, 0)
+            check_count(f"edit.{key}", getattr(self, key), 1)
+        check_count("edit.seed", self.seed, 0)
         if self.first_steps > self.steps:
             raise UserError(
                 f"edit.first_steps={self.first_steps} is not allowed: the sampler takes "
                 f"edit.steps={self.steps}."
             )
-        _check_number("ratio", self.ratio, lambda x: 0 < x <= 1, "a ratio lies in (0, 1]")
-        _check_number("majority", self.majority, lambda x: 0 <= x < 1, "it lies in [0, 1)")
-        _check_number("guidance", self.guidance, math.isfinite, "it is a finite number")
-        for key in ("ratio", "majority", "guidance"):
-            object.__setattr__(self, key, float(getattr(self, key)))  # 2 and 2.0 are one edit
+        rules: dict[str, tuple[Callable[[float], bool], str]] = {
+            "ratio": (lambda x: 0 < x <= 1, "a ratio lies in (0, 1]"),
+            "majority": (lambda x: 0 <= x < 1, "it lies in [0, 1)"),
+            "guidance": (math.isfinite, "it is a finite number"),
+        }
+        for key, rule in rules.items():
+            number = checked_number(f"edit.{key}", getattr(self, key), *rule)
+            object.__setattr__(self, key, number)
         object.__setattr__(self, "fillers", list(self.fillers))
 
     def settings(self, concepts: Sequence[Concept]) -> Mapping[str, Any]:
@@ -300,13 +304,3 @@ def _check_fillers(fillers: object) -> None:
     for filler in fillers:
         if not isinstance(filler, str) or not filler.strip():
             raise UserError(f"edit.fillers has {filler!r}; each is a text that is not empty.")
-
-
-def _check_count(key: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise UserError(f"edit.{key}={value!r} is not allowed; it is an integer >= {least}.")
-
-
-def _check_number(key: str, value: object, allowed: Callable[[float], bool], rule: str) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not allowed(value):
-        raise UserError(f"edit.{key}={value!r} is not allowed; {rule}.")

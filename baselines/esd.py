@@ -25,7 +25,6 @@ autocast (and scaled gradients for float16), while the walk and Phi* are in the 
 from __future__ import annotations
 
 import logging
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -40,6 +39,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from baselines.checks import check_count, checked_number, checked_positive
 from baselines.resume import Checkpoint, State, Stopwatch
 from cad.components import text_projections
 from cad.concepts import Concept
@@ -68,8 +68,7 @@ class ESD(Edit):
     """The method with its settings; UserError for a value that is not allowed.
 
     An optimiser step ("iteration") sees batch_size * accumulation states. With `checkpoints`, a
-    folder, a killed training goes on where it last wrote its state; the state is deleted when
-    `make` is done, so until its caller has stored the edit nothing of the training is on disk.
+    folder, a killed training goes on where it last wrote its state, which stays until `clean_up`.
     """
 
     name: ClassVar[str] = "esd"
@@ -93,13 +92,11 @@ class ESD(Edit):
                 f"edit.parameters={self.parameters!r} is unknown; allowed: {', '.join(PARAMETERS)}."
             )
         for key in ("iterations", "steps", "batch_size", "accumulation", "checkpoint_every"):
-            _check_count(key, getattr(self, key), 1)
-        _check_count("seed", self.seed, 0)
-        for key in ("lr", "negative_guidance", "guidance"):
-            _check_finite(key, getattr(self, key))
-            object.__setattr__(self, key, float(getattr(self, key)))  # 3 and 3.0 are one edit
-        if self.lr <= 0:
-            raise UserError(f"edit.lr={self.lr} is not allowed: a learning rate is above 0.")
+            check_count(f"edit.{key}", getattr(self, key), 1)
+        check_count("edit.seed", self.seed, 0)
+        for key in ("negative_guidance", "guidance"):
+            object.__setattr__(self, key, checked_number(f"edit.{key}", getattr(self, key)))
+        object.__setattr__(self, "lr", checked_positive("edit.lr", self.lr))
 
     def settings(self, concepts: Sequence[Concept]) -> Mapping[str, Any]:
         return {key: value for key, value in asdict(self).items() if key not in _NO_SETTINGS}
@@ -131,9 +128,12 @@ class ESD(Edit):
                     with watch.paused():
                         checkpoint.write(training.state(history, watch.cost))
             changes = training.changes()
+        return Made(changes, watch.cost, history)
+
+    def clean_up(self, model: DiffusionModel, concepts: Sequence[Concept]) -> None:
+        checkpoint = self._checkpoint(model, concepts)
         if checkpoint:
             checkpoint.remove()
-        return Made(changes, watch.cost, history)
 
     def _check(self, model: DiffusionModel, concepts: Sequence[Concept]) -> None:
         """UserError for what could not work, before any work."""
@@ -388,13 +388,3 @@ def _trainable_copy(weight: Tensor) -> Tensor:
 def _draw_below(end: int, generators: Sequence[Generator]) -> Tensor:
     """One integer of 0 .. end - 1 from each generator; (N,) int64 on the CPU."""
     return torch.cat([torch.randint(end, (1,), generator=each) for each in generators])
-
-
-def _check_count(key: str, value: Any, low: int) -> None:
-    if not isinstance(value, int) or value < low:
-        raise UserError(f"edit.{key}={value} is not allowed: it is a whole number from {low}.")
-
-
-def _check_finite(key: str, value: Any) -> None:
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        raise UserError(f"edit.{key}={value} is not allowed: it is a finite number.")

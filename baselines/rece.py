@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from baselines.checks import check_count, checked_positive, checked_text
 from baselines.closed_form import (
     FROM_LAST,
     Text,
     adversarial_map,
     aligned,
-    checked_number,
-    checked_text,
     encode,
     find_projections,
     naming,
@@ -77,14 +76,14 @@ class RECE(Edit):
         _check_flags(uce, epochs, skip_if_erased)
         self.uce = uce
         self.epochs = epochs
-        self.regularisation = checked_number("edit.regularisation", regularisation)
-        self.update_regularisation = checked_number(
+        self.regularisation = checked_positive("edit.regularisation", regularisation)
+        self.update_regularisation = checked_positive(
             "edit.update_regularisation", update_regularisation
         )
-        self.preserve_scale = checked_number("edit.preserve_scale", preserve_scale, zero=True)
+        self.preserve_scale = checked_positive("edit.preserve_scale", preserve_scale, zero=True)
         self.guide = checked_text("edit.guide", guide)
         self.skip_if_erased = skip_if_erased
-        self.erased_threshold = checked_number("edit.erased_threshold", erased_threshold)
+        self.erased_threshold = checked_positive("edit.erased_threshold", erased_threshold)
 
     def settings(self, concepts: Sequence[Concept]) -> Mapping[str, Any]:
         check_guide("edit", self.guide, concepts)
@@ -164,8 +163,7 @@ def unreached(
 def _check_flags(uce: object, epochs: object, skip_if_erased: object) -> None:
     if not isinstance(uce, UCE):
         raise UserError(f"edit.uce={uce!r} is not allowed: it must be the UCE to start from.")
-    if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 0:
-        raise UserError(f"edit.epochs={epochs!r} is not allowed: a whole number of at least 0.")
+    check_count("edit.epochs", epochs, 0)
     if not isinstance(skip_if_erased, bool):
         raise UserError(
             f"edit.skip_if_erased={skip_if_erased!r} is not allowed: it must be true or false."

@@ -13,12 +13,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from baselines.checks import checked_positive, checked_text, checked_texts
 from baselines.closed_form import (
     POSITIONS,
     aligned,
-    checked_number,
-    checked_text,
-    checked_texts,
     encode,
     find_projections,
     naming,
@@ -68,12 +66,12 @@ class UCE(Edit):
     ) -> None:
         self.guide = checked_text(f"{self.place}.guide", guide)
         self.preserve = checked_texts(f"{self.place}.preserve", preserve)
-        self.erase_scale = checked_number(f"{self.place}.erase_scale", erase_scale)
+        self.erase_scale = checked_positive(f"{self.place}.erase_scale", erase_scale)
         self.preserve_scale: float | None = None
         if preserve_scale is not None:
             key = f"{self.place}.preserve_scale"
-            self.preserve_scale = checked_number(key, preserve_scale, zero=True)
-        self.regularisation = checked_number(f"{self.place}.regularisation", regularisation)
+            self.preserve_scale = checked_positive(key, preserve_scale, zero=True)
+        self.regularisation = checked_positive(f"{self.place}.regularisation", regularisation)
         if positions not in POSITIONS:
             raise UserError(
                 f"{self.place}.positions={positions!r} is unknown; allowed: {', '.join(POSITIONS)}."

@@ -50,6 +50,7 @@ class EditStore:
             written = {"cost": asdict(edit.cost), "history": list(edit.history)}
             temporary.write_text(json.dumps(written) + "\n", encoding="utf-8")
         edit.save(path)
+        method.clean_up(model, concepts)
         return edit, path
 
     def path(self, method: Edit, model: DiffusionModel, concepts: Sequence[Concept]) -> Path:

@@ -74,6 +74,10 @@ class Edit(ABC):
             **describe_runtime(model.device),
         }
 
+    def clean_up(self, model: DiffusionModel, concepts: Sequence[Concept]) -> None:
+        """Delete what `make` kept on disk to go on from, now that the edit itself is stored."""
+        return None
+
     @abstractmethod
     def settings(self, concepts: Sequence[Concept]) -> Mapping[str, Any]:
         """Everything that determines the edit beside model and concepts; JSON-able.

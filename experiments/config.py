@@ -66,6 +66,7 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("first", first, replace=True)
     OmegaConf.register_new_resolver("setting", setting, replace=True)
     OmegaConf.register_new_resolver("default_ratio", default_ratio, replace=True)
+    OmegaConf.register_new_resolver("default_per", default_per, replace=True)
     OmegaConf.register_new_resolver("short_hash", short_hash, replace=True, use_cache=True)
     OmegaConf.register_new_resolver("repository", lambda: str(REPOSITORY), replace=True)
 
@@ -108,6 +109,12 @@ def default_ratio(ratios: DictConfig, edit: str, concept: DictConfig) -> float |
     if concept.name in table.by_concept:
         return float(table.by_concept[concept.name])
     return float(table[concept.kind]) if concept.kind in table else None
+
+
+def default_per(ratios: DictConfig, edit: str) -> str:
+    """What a ratio is of, by default: `ratios.<edit>.per` if there is one, else `ratios.per`."""
+    own = ratios[edit].get("per") if edit in ratios else None
+    return str(own or ratios.per)
 
 
 def check(cfg: DictConfig) -> None:

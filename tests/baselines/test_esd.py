@@ -232,6 +232,8 @@ def test_killed_and_resumed_is_uninterrupted(
         patch.setattr(Training, "step", lambda self, i: done.append(i) or step(self, i))
         resumed = interrupted.make(tiny_model, [church])
     assert done == [2, 3]
+    assert list(tmp_path.iterdir())  # until the edit is stored
+    interrupted.clean_up(tiny_model, [church])
     assert not list(tmp_path.iterdir())
     whole = esd(iterations=4, batch_size=2).make(tiny_model, [church])
     assert digest(resumed) == digest(whole)
@@ -243,8 +245,11 @@ def test_killed_and_resumed_is_uninterrupted(
 def test_another_training_does_not_take_its_checkpoint(
     interrupted: ESD, tiny_model: StableDiffusionModel, parachute: Concept, tmp_path: Path
 ) -> None:
+    (church_s,) = tmp_path.iterdir()
     interrupted.make(tiny_model, [parachute])
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len(list(tmp_path.iterdir())) == 2
+    interrupted.clean_up(tiny_model, [parachute])
+    assert list(tmp_path.iterdir()) == [church_s]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "foreign"])
@@ -269,7 +274,6 @@ def test_a_damaged_checkpoint_starts_anew(
         made = interrupted.make(tiny_model, [church])
     assert "damaged" in caplog.text
     assert [record["step"] for record in made.history] == [1, 2, 3, 4]
-    assert not list(tmp_path.iterdir())
 
 
 def test_the_stopwatch_leaves_pauses_out_and_adds_sittings(

@@ -21,10 +21,13 @@ class Counting(Edit):
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self.calls = 0
+        self.calls = self.cleaned = 0
 
     def settings(self, concepts):
         return {"count": self.count}
+
+    def clean_up(self, model, concepts):
+        self.cleaned += 1
 
     def make(self, model, concepts):
         self.calls += 1
@@ -42,7 +45,7 @@ def test_an_edit_is_made_once_with_its_cost_and_history(store, tiny_model, churc
     method = Counting(3)
     made, path = store.edit(method, tiny_model, [church])
     again, same = store.edit(method, tiny_model, [church])
-    assert (method.calls, path) == (1, same)
+    assert (method.calls, method.cleaned, path) == (1, 1, same)
     assert again.fingerprint == made.fingerprint
     assert (made.cost, again.cost) == (Cost(7.0, 3.0), Cost(7.0, 3.0, cached=True))
     assert again.history == made.history == ({"step": 1, "loss": 0.5},)

@@ -204,6 +204,12 @@ def test_several_concepts_follow_the_first_and_are_of_one_kind() -> None:
         check(compose("concept=[church,tench]", "effect.count=5"))
 
 
+def test_what_a_ratio_is_of_follows_the_edit() -> None:
+    assert compose("edit=erase").ratio.per == "layer"
+    assert compose("edit=amplify", "concept=chain_saw").ratio.per == "row"
+    assert compose("edit=uce").ratio.per == compose("model=sd14").ratio.per == "row"
+
+
 def test_settings_follow_model_and_concept() -> None:
     rows = {"default": {"object": 1, "church": 2}, "sd21": {"object": 3}, "sdxl": {"church": 4}}
     expected = {
