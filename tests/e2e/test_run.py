@@ -14,7 +14,7 @@ import pytest
 from weights import write_weights
 
 from experiments.config import REPOSITORY
-from experiments.results import read_records
+from experiments.results import read_lines, read_records
 
 DETERMINISTIC = ("edit.safetensors", "records.jsonl", "metrics.json", "before_after.png")
 TIMEOUT = 170  # seconds
@@ -204,6 +204,22 @@ def test_shards_make_the_images_of_the_whole(
     process = run(weights, tmp_path)
     assert process.returncode == 0, process.stderr
     assert "accuracy on parachute" in process.stdout
+
+
+def test_a_method_that_trains_edits_two_concepts_once(weights: Path, tmp_path: Path) -> None:
+    wanted = ("edit=esd", "concept=[church,tench]", "limit=4")
+    process = run(weights, tmp_path, *wanted)
+    assert process.returncode == 0, process.stderr
+    assert "esd church and tench, mini" in process.stdout
+    assert "accuracy on church and tench, % (n = 2)" in process.stdout
+    (folder,) = (tmp_path / "runs").glob("mini-church+tench-esd-*")
+    assert len(read_lines(folder / "history.jsonl")) == 2  # debug=tiny: two iterations
+    assert (folder / "training.png").exists()
+    assert not list((tmp_path / "checkpoints").rglob("*.safetensors"))
+    again = run(weights, tmp_path, *wanted, "evaluator=[face]")
+    assert again.returncode == 0, again.stderr
+    assert "edit taken from" in again.stderr
+    assert "cached; cost of making it" in again.stdout
 
 
 def test_all_kinds_of_evaluators_at_once(weights: Path, tmp_path: Path) -> None:
