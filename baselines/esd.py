@@ -41,7 +41,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from baselines.checks import check_count, checked_number, checked_positive
 from baselines.resume import Checkpoint, State, Stopwatch
-from cad.components import text_projections
+from cad.components import matching_weights, text_projections
 from cad.concepts import Concept
 from cad.digests import settings_digest
 from cad.edits import Edit, Made
@@ -277,10 +277,7 @@ def trained_weights(model: DiffusionModel, parameters: str) -> dict[str, nn.Para
     """
     if parameters.endswith("xattn"):
         text_projections(model)  # only to hear its complaint
-    pattern = re.compile(PARAMETERS[parameters])
-    weights = {
-        name: weight for name, weight in model.denoiser.named_parameters() if pattern.search(name)
-    }
+    weights = matching_weights(model, re.compile(PARAMETERS[parameters]))
     if not weights:
         raise UserError(
             f"edit.parameters={parameters} chooses no weight of model={model.name} "

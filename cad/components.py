@@ -26,17 +26,20 @@ UNET_COMPONENTS = {
 _TEXT_PROJECTION = re.compile(r"\.attn2\.(to_k|to_v)\.weight$")
 
 
+def matching_weights(model: DiffusionModel, pattern: re.Pattern[str]) -> dict[str, nn.Parameter]:
+    """The denoiser's parameters in whose name the pattern is found, in its order; maybe none."""
+    return {
+        name: weight for name, weight in model.denoiser.named_parameters() if pattern.search(name)
+    }
+
+
 def text_projections(model: DiffusionModel) -> dict[str, nn.Parameter]:
     """The key and value projections of the cross-attentions, (out, D), in the denoiser's order.
 
     They are all that a UNet reads the prompt's states (N, L, D) with. Raises UserError for a model
     without cross-attention (SD 3.5 attends to image and text jointly).
     """
-    weights = {
-        name: weight
-        for name, weight in model.denoiser.named_parameters()
-        if _TEXT_PROJECTION.search(name)
-    }
+    weights = matching_weights(model, _TEXT_PROJECTION)
     if not weights:
         raise UserError(
             f"model={model.name} ({type(model.denoiser).__name__}) has no cross-attention, so "
@@ -56,10 +59,7 @@ def component_weights(model: DiffusionModel, component: str) -> dict[str, nn.Par
             f"component={component!r} is unknown for model={model.name}; "
             f"allowed: {', '.join(model.components)}."
         )
-    pattern = re.compile(model.components[component])
-    weights = {
-        name: weight for name, weight in model.denoiser.named_parameters() if pattern.search(name)
-    }
+    weights = matching_weights(model, re.compile(model.components[component]))
     if not weights:
         raise UserError(
             f"component={component} is empty: no weight of model={model.name} "

@@ -130,7 +130,7 @@ class DetectorPool:
         """
         require_uint8(images)
         try:
-            begun = [self._foreseen.pop(_fingerprint(image), None) for image in images]
+            begun = [self._take_foreseen(image) for image in images]
             rest = np.array([future is None for future in begun], dtype=bool)  # (N,)
             found = iter(self._detect_now(images[rest]))
             return [next(found) if future is None else future.result() for future in begun]
@@ -147,6 +147,9 @@ class DetectorPool:
         self._end()
         self._executor = None
         self._foreseen.clear()
+
+    def _take_foreseen(self, image: NDArray[np.uint8]) -> Future[list[Detection]] | None:
+        return self._foreseen.pop(_fingerprint(image), None) if self._foreseen else None
 
     def _detect_now(self, images: NDArray[np.uint8]) -> Sequence[list[Detection]]:
         if self.workers == 0 or (self._executor is None and len(images) < FEW):

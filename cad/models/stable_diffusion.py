@@ -93,7 +93,7 @@ class StableDiffusionModel(DiffusionModel):
         device = resolve_device(device)
         dtype = resolve_dtype(dtype, device)
         folder = source.locate()
-        pipeline = _load_pipeline(folder, source.variant, dtype).to(device)
+        pipeline = load_pipeline(folder, source.variant, dtype).to(device)
         revision = folder.name if source.repo else "local"  # a snapshot is named by its commit
         return cls(name, pipeline, resolution, Origin(source.repo or name, revision))
 
@@ -205,7 +205,11 @@ class StableDiffusionModel(DiffusionModel):
                 )
 
 
-def _load_pipeline(folder: Path, variant: str | None, dtype: torch.dtype) -> Any:
+def load_pipeline(folder: Path, variant: str | None, dtype: torch.dtype) -> Any:
+    """A `StableDiffusionPipeline` in diffusers' layout, safetensors only; UserError if it fails.
+
+    Switches off the loading bars of diffusers and transformers.
+    """
     # Typed Any, as its parts are registered at run time.
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()

@@ -9,7 +9,6 @@ one image after another. Both write PNGs to a temporary folder; both are warmed 
 
 from __future__ import annotations
 
-import logging
 import sys
 import tempfile
 import time
@@ -30,6 +29,7 @@ from tqdm import tqdm
 from cad.errors import UserError
 from cad.models.base import DiffusionModel
 from cad.models.hub import Source
+from cad.models.stable_diffusion import load_pipeline
 from cad.weight_edit import WeightEdit
 from evaluation.generation import SamplerSettings, Watcher, generate
 from evaluation.image_sets import ImageSet
@@ -37,8 +37,6 @@ from evaluation.prompts import Prompt, build_prompts
 from experiments.config import register_resolvers
 from experiments.miniature.train import exit_status
 from experiments.rendering import show_table
-
-log = logging.getLogger(__name__)
 
 WARM_UP = 2  # images
 MB = 2**20
@@ -61,17 +59,11 @@ def main(config: DictConfig) -> None:
 def plain_pipeline(config: DictConfig, model: DiffusionModel) -> StableDiffusionPipeline:
     """The pipeline as diffusers loads it, in the model's dtype and on its device."""
     source: Source = instantiate(config.model.source)
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        str(source.locate()),
-        variant=source.variant,
-        dtype=model.dtype,
-        use_safetensors=True,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    pipeline: StableDiffusionPipeline = load_pipeline(
+        source.locate(), source.variant, model.dtype
+    ).to(model.device)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(model.device)
+    return pipeline
 
 
 def compare(

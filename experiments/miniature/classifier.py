@@ -7,6 +7,7 @@ perceptual loss, and the choice of typical photographs.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -45,15 +46,37 @@ mix_up = v2.MixUp(alpha=0.2, num_classes=len(SUBJECTS))
 
 def run(workshop: Workshop, schedule: Schedule, label_smoothing: float) -> dict[str, float]:
     """Train, write workshop.folder/classifier/, and return the held-out accuracy in [0, 1]."""
-    folder = workshop.stage("classifier")
-    photographs = workshop.photographs("train")
     network = workshop.place(SmallResNet(tuple(SUBJECTS)))
+
+    def prepare(
+        photographs: Photographs, index: Tensor, labels: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        crops = [crop_and_jitter(image) for image in photographs.images[index]]
+        return mix(torch.stack(crops), labels)
+
+    return fit(workshop, "classifier", network, prepare, schedule, label_smoothing)
+
+
+Prepare = Callable[[Photographs, Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
+"""(photographs, indices (B,), labels (B,), random numbers) -> pixels (B, 3, h, w) and targets."""
+
+
+def fit(
+    workshop: Workshop,
+    stage: str,
+    network: SmallResNet,
+    prepare: Prepare,
+    schedule: Schedule,
+    label_smoothing: float,
+) -> dict[str, float]:
+    """Train `network` on balanced batches as prepared, write the stage's folder, and judge it."""
+    folder = workshop.stage(stage)
+    photographs = workshop.photographs("train")
     by_class = photographs.by_label()
 
     def loss(generator: torch.Generator, step: int) -> Tensor:
         index, labels = balanced_batch(by_class, schedule.batch_size, generator)
-        pixels = torch.stack([crop_and_jitter(image) for image in photographs.images[index]])
-        pixels, targets = mix(pixels, labels)
+        pixels, targets = prepare(photographs, index, labels, generator)
         logits = network(workshop.place(pixels))
         return F.cross_entropy(
             logits.float(), workshop.place(targets), label_smoothing=label_smoothing
