@@ -48,7 +48,8 @@ _SECOND_LINEAR = re.compile(r"(^|\.)ff\.net\.2\.weight$")
 class ConceptPrune(Edit):
     """The method with its settings; UserError for a value that is not allowed.
 
-    Each filler makes one pair of prompts and takes the place of {filler} in both templates.
+    Each filler makes one pair of prompts and takes the place of {filler} in both templates; a
+    concept template without it tells the same prompt against every base prompt.
     {concept} stands for the concept's text ("French horn"), {a_concept} for that with its article,
     {prompt} for its prompt ("naked").
     """
@@ -273,7 +274,7 @@ def _check_finite(squares: Mapping[str, Tensor], model: DiffusionModel) -> None:
 
 
 def _check_template(key: str, template: object, concept: Collection[str] = ()) -> None:
-    """A template names {filler}, one of `concept` if there are any, and nothing else."""
+    """A template names {filler}, or one of `concept` if there are any, and nothing else."""
     if not isinstance(template, str):
         raise UserError(f"edit.{key}={template!r} is not a text.")
     try:
@@ -286,7 +287,7 @@ def _check_template(key: str, template: object, concept: Collection[str] = ()) -
         raise UserError(
             f"edit.{key}={template!r} must not name {{{min(unknown)}}}; allowed: {allowed}."
         )
-    if "filler" not in found:
+    if not concept and "filler" not in found:
         raise UserError(f"edit.{key}={template!r} lacks {{filler}}, which tells the pairs apart.")
     if concept and not found & set(concept):
         raise UserError(

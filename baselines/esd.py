@@ -26,8 +26,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -46,6 +45,7 @@ from cad.concepts import Concept
 from cad.digests import settings_digest
 from cad.edits import Edit, Made
 from cad.errors import UserError
+from cad.gradient_checkpointing import check_gradient_checkpointing, checkpointed_gradients
 from cad.instrument import Cost
 from cad.models.base import Conditioning, DiffusionModel
 from cad.sampling import Sampler, draw_noise, guide, make_generators
@@ -139,12 +139,9 @@ class ESD(Edit):
         """UserError for what could not work, before any work."""
         model.sampler(self.steps, "ddim", eta=0.0)
         model.check_prompts([concept.prompt for concept in concepts])
-        supported = getattr(model.denoiser, "_supports_gradient_checkpointing", False)
-        if self.gradient_checkpointing and not supported:
-            raise UserError(
-                f"edit.gradient_checkpointing=true is not allowed for model={model.name}: "
-                f"{type(model.denoiser).__name__} does not support it."
-            )
+        check_gradient_checkpointing(
+            model, self.gradient_checkpointing, "edit.gradient_checkpointing"
+        )
 
     def _checkpoint(self, model: DiffusionModel, concepts: Sequence[Concept]) -> Checkpoint | None:
         if self.checkpoints is None:
@@ -340,19 +337,6 @@ def with_weights(
     """work(*args) while the denoiser has these weights; afterwards it has its own again."""
     named = {f"denoiser.{name}": weight for name, weight in weights.items()}
     return functional_call(_Host(denoiser), named, (work, *args))
-
-
-@contextmanager
-def checkpointed_gradients(denoiser: Any, wanted: bool) -> Iterator[None]:
-    """Gradient checkpointing inside the block, if it is wanted; afterwards as it was."""
-    switch = wanted and not denoiser.is_gradient_checkpointing
-    if switch:
-        denoiser.enable_gradient_checkpointing()
-    try:
-        yield
-    finally:
-        if switch:
-            denoiser.disable_gradient_checkpointing()
 
 
 class _Host(nn.Module):

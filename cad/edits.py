@@ -122,7 +122,7 @@ class ScoredEdit(Edit):
 
     def settings(self, concepts: Sequence[Concept]) -> Mapping[str, Any]:
         return {
-            "attribution": asdict(self.attribution),
+            "attribution": self.attribution.settings(),
             "selection": asdict(self.selection),
             "objectives": [dict(self.objective(concept).describe()) for concept in concepts],
         }

@@ -7,9 +7,8 @@ attribution, and the check of its predictions (`cad.effects`), need to know of n
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -85,13 +84,6 @@ class Objective(ABC):
 
         (N, C, h, w) both -> () float32.
         """
-
-    def backward_scale(self, shape: Sequence[int]) -> float:
-        """A power of two that keeps half-precision gradients of `term` in range; (N, C, h, w).
-
-        Whoever differentiates multiplies by it before, and divides the gradients after.
-        """
-        return 1.0
 
 
 class EraseObjective(Objective):
@@ -180,10 +172,6 @@ class AmplifyObjective(Objective):
                 x_t = model.add_noise(clean, noise, t)
                 state = State(x_t, t, model.target(clean, noise, t))
                 yield state, model.predict(x_t, t, c.expand(len(batch)))
-
-    def backward_scale(self, shape: Sequence[int]) -> float:
-        """About C * h * w: the mean over them would push float16 gradients below its range."""
-        return 2.0 ** round(math.log2(math.prod(shape[1:])))
 
     @staticmethod
     def term(target: Tensor, prediction: Tensor) -> Tensor:

@@ -55,12 +55,12 @@ class ScoreStore:
     ) -> Scored:
         """Scores from the folder, or computed and kept there; `cost.cached` tells which.
 
-        On the model's device. Raises what `Attribution.scores` raises.
+        At the attribution's place. Raises what `Attribution.scores` raises.
         """
         path = self.path(model, objective, attribution)
         if path.is_file():
             try:
-                return self._read(path, model.device)
+                return self._read(path, attribution.place(model))
             except (SafetensorError, LookupError, TypeError, ValueError) as error:
                 log.warning("the scores in %s are damaged (%s): computing them again", path, error)
         scored = compute_scores(model, objective, attribution)
@@ -73,7 +73,7 @@ class ScoreStore:
             "version": VERSION,
             "model": model.provenance(),
             "objective": objective.describe(),
-            "attribution": asdict(attribution),
+            "attribution": attribution.settings(),
             **describe_runtime(model.device),
         }
         return self.root / f"{settings_digest(key)}.safetensors"

@@ -46,6 +46,8 @@ LEFT_OUT = (  # changes no result, or (device, dtype) is in the identity once, a
     "model.adapter.source.gated",
     "model.adapter.source.note",
     "edit.store",
+    "edit.attribution.gradient_checkpointing",
+    "edit.attribution.sums_on",
     "edit.values",
     "edit.checkpoints",
     "edit.checkpoint_every",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from diffusers import DDIMScheduler
 from safetensors.torch import save_file
 from scipy.stats import spearmanr
 
-from cad.attribution import Attribution, summed_gradients
+from cad.attribution import Attribution, backward_scale, summed_gradients, term_gradient
 from cad.components import component_weights
 from cad.digests import parameter_digest
 from cad.errors import UserError
@@ -137,7 +138,7 @@ def test_attribution_leaves_nothing_behind(tiny_model, parachute):
 
 def test_gradients_are_given_back_after_an_exception(tiny_model):
     weights = component_weights(tiny_model, "ff")
-    with pytest.raises(ZeroDivisionError), summed_gradients(weights):
+    with pytest.raises(ZeroDivisionError), summed_gradients(weights, torch.device("cpu")):
         raise ZeroDivisionError
     assert_untouched(tiny_model)
 
@@ -152,9 +153,27 @@ def assert_untouched(model):
         assert not module._backward_hooks
 
 
+@pytest.mark.parametrize("setting", [{"gradient_checkpointing": True}, {"sums_on": "cpu"}])
+def test_saving_memory_changes_no_score(tiny_model, parachute, setting):
+    objective = EraseObjective(parachute)
+    lean = replace(SETTINGS, **setting)
+    assert lean.settings() == SETTINGS.settings()  # so both find the same stored scores
+    found, expected = lean.scores(tiny_model, objective), SETTINGS.scores(tiny_model, objective)
+    for name, score in expected.items():
+        torch.testing.assert_close(found[name], score)
+    assert_untouched(tiny_model)
+    assert not tiny_model.denoiser.is_gradient_checkpointing
+
+
+def test_checkpointing_is_refused_where_there_is_none(tiny_model, parachute):
+    tiny_model.denoiser._supports_gradient_checkpointing = False
+    with pytest.raises(UserError, match=r"gradient_checkpointing=true .* UNet2DConditionModel"):
+        replace(SETTINGS, gradient_checkpointing=True).scores(tiny_model, EraseObjective(parachute))
+
+
 def test_half_precision_sums_gradients_in_float32():
     weight = torch.nn.Parameter(torch.ones(2, 2, dtype=torch.float16), requires_grad=False)
-    with summed_gradients({"w": weight}) as sums:
+    with summed_gradients({"w": weight}, torch.device("cpu")) as sums:
         for _ in range(3000):  # in float16, 2048 + 1 is 2048
             weight.sum().backward()
     assert sums["w"].dtype == torch.float32
@@ -171,22 +190,31 @@ def test_half_precision_scores_are_near_those_of_float32(tiny_model, parachute):
     assert spearmanr(*flat).statistic > 0.9
 
 
-def test_small_gradients_survive_half_precision(tiny_model, parachute, tmp_path):
+def test_small_gradients_survive_half_precision(parachute, tmp_path):
     """A mean over 2^18 elements would push each gradient below float16's range."""
     objective = AmplifyObjective(parachute, LatentFile(tmp_path / "none"))
-    assert objective.backward_scale((2, 4, 128, 128)) == 2.0**16
     weight = torch.nn.Parameter(torch.ones(1, dtype=torch.float16))
     noise = torch.linspace(-1, 1, 2**18).reshape(1, 4, 256, 256)
-    gradients = []
-    for scale in (1.0, objective.backward_scale(noise.shape)):
-        with summed_gradients({"w": weight}) as sums:
-            sums.factor = 1 / scale
-            prediction = weight * noise.half() * 0.01
-            (scale * objective.term(noise, prediction)).backward()
-        gradients.append(sums["w"].item())
     expected = 2 * 0.99 * 0.01 * noise.square().mean().item()
+    gradients = []
+    for scaled in (False, True):
+        prediction = weight * noise.half() * 0.01
+        _, gradient = term_gradient(objective, noise, prediction)
+        scale = backward_scale(gradient, Attribution.gradient_rms) if scaled else 1.0
+        with summed_gradients({"w": weight}, torch.device("cpu")) as sums:
+            sums.factor = 1 / scale
+            prediction.backward((scale * gradient).half())
+        gradients.append(sums["w"].item())
     assert gradients[1] == pytest.approx(expected, rel=1e-2)
     assert gradients[0] != pytest.approx(expected, rel=1e-2)
+
+
+def test_a_backward_starts_from_gradients_of_one_size():
+    gradient = torch.tensor([3e-9, -4e-9])
+    scale = backward_scale(gradient, 0.25)
+    assert scale == 2.0 ** round(math.log2(scale))
+    assert 0.25 / 2**0.5 <= (scale * gradient).square().mean().sqrt() <= 0.25 * 2**0.5
+    assert backward_scale(torch.zeros(2), 0.25) == 1.0
 
 
 def test_gradients_that_are_all_zero_are_refused(tiny_model, parachute):
@@ -209,6 +237,7 @@ def test_scores_that_are_not_finite_are_refused(tiny_model, parachute):
         ({"batch_size": -1}, "edit.attribution.batch_size=-1"),
         ({"eta": 1.5}, "edit.attribution.eta=1.5"),
         ({"guidance": float("nan")}, "edit.attribution.guidance=nan"),
+        ({"sums_on": "disk"}, "edit.attribution.sums_on='disk' is unknown; allowed: device, cpu"),
         ({"trajectory": "loop"}, "allowed: shared, restart"),
     ],
 )
