@@ -1,0 +1,387 @@
+"""The paper's tables as transcribed in results/paper: complete, named as in conf/, and consistent.
+
+Where the paper contradicts itself the two numbers stand in a list here, so a slip of the
+transcription cannot hide behind them. All numbers are decimals, compared as printed.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Iterable
+from decimal import ROUND_FLOOR, ROUND_HALF_UP, Decimal
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from omegaconf import OmegaConf
+
+from cad.components import UNET_COMPONENTS
+
+REPOSITORY = Path(__file__).parents[2]
+CONF = REPOSITORY / "conf"
+PAPER = REPOSITORY / "results" / "paper"
+TABLES = range(1, 15)
+COLUMNS = ["table", "row", "column", "metric", "value", "unit"]
+FURTHER = {3: ["attack"], 4: ["prompts"], 13: ["model"], 14: ["model", "prompts"]}
+
+OBJECTS = 10
+ARTISTS = 5
+LABELS = 9
+ACCURACIES = 2  # of the target, of the others
+CELLS = {  # rows x columns x metrics, as printed
+    1: OBJECTS * 6 * ACCURACIES,
+    2: 7 * (LABELS + 3),  # total, CLIP score, FID
+    3: 5 * 4 * 2,  # methods, concepts, attacks
+    4: 6 * 2 * 2,  # methods, prompt sets; total and change
+    5: ARTISTS * 4 * 2,  # LPIPS of the target, of the others
+    6: 5 * 2 * ACCURACIES,
+    7: (OBJECTS + 1) * 4 * ACCURACIES,  # one more row: the average
+    8: OBJECTS * 4 * ACCURACIES,
+    9: 5 * (LABELS + 3),
+    10: 5 * 3 * 2,  # methods, kinds of concept; seconds and memory
+    11: (OBJECTS + 1) * 4 * ACCURACIES,
+    12: 2 * 2,
+    13: 2 * 2,
+    14: 3 * 2 * (2 * (LABELS + 1) + 1),  # prompt sets, models; a change for the edited one alone
+}
+PRINTED_DASHES = {
+    (table, "nudity", "amplify", metric) for table in (2, 9) for metric in ("clip_score", "fid")
+}
+FORMAT = {  # unit and decimals, metric by metric
+    "accuracy_target": ("%", 2),
+    "accuracy_others": ("%", 2),
+    "count": ("count", 0),
+    "total": ("count", 0),
+    "change": ("%", 2),
+    "clip_score": ("1", 2),
+    "fid": ("1", 3),
+    "attack_success_rate": ("1", 2),
+    "lpips_target": ("1", 3),
+    "lpips_others": ("1", 3),
+    "seconds": ("s", 0),
+    "peak_memory": ("MB", 0),
+}
+ACCURACY_TABLES = (1, 6, 7, 8, 11)
+IMAGES = 500  # of each class
+OTHERS = 9  # classes
+ATTACK_PROMPTS = 50  # for each object, in the attacks' published files
+CENT = Decimal("0.01")
+
+Cell = tuple[int, str, str]  # table, row, column
+
+# The paper's own inconsistencies, as (printed, what other printed numbers give).
+CHANGES = {(4, "mma", "esd"): ("-85.62", "-85.63")}  # of 1941 and 279
+TARGETS_NO_COUNT_GIVES: dict[Cell, str] = {(1, "english_springer", "uce"): "0.10"}
+OTHERS_NO_COUNT_GIVES: dict[Cell, tuple[str, str]] = {  # (printed, nearest below)
+    (1, "golf_ball", "esd"): ("48.90", "48.89"),
+    (1, "church", "rece"): ("80.50", "80.49"),
+}
+OTHERS_CUT: dict[tuple[int, str], list[str]] = {  # cut to two decimals, not rounded
+    (1, "concept_prune"): [
+        "chain_saw",
+        "french_horn",
+        "gas_pump",
+        "golf_ball",
+        "parachute",
+        "tench",
+    ],
+    (1, "esd"): ["english_springer", "parachute"],
+    (8, "none"): ["chain_saw", "church", "french_horn", "gas_pump"],
+    (8, "uce"): ["cassette_player", "chain_saw", "church", "french_horn", "gas_pump", "golf_ball"],
+    (8, "rece"): [
+        "cassette_player",
+        "chain_saw",
+        "church",
+        "french_horn",
+        "garbage_truck",
+        "gas_pump",
+        "golf_ball",
+    ],
+}
+RATES_NO_COUNT_GIVES = {("p4d", "tench", "concept_prune"): "0.39"}
+# One unedited model: the others of a row are the mean of the other rows' targets.
+UNEDITED_OTHERS: dict[Cell, tuple[str, str]] = {
+    (8, "chain_saw", "none"): ("71.95", "79.02"),  # UCE's and RECE's value
+    (8, "english_springer", "none"): ("70.73", "79.00"),  # UCE's and RECE's value
+}
+ERASE_AND_KNOCK_OUT = {  # one edit: (Table 1 and Table 7, Table 11)
+    "accuracy_target": {
+        "chain_saw": ("0.00", "0.20"),
+        "church": ("1.60", "3.00"),
+        "english_springer": ("1.40", "0.60"),
+        "french_horn": ("4.40", "0.60"),
+        "garbage_truck": ("3.80", "2.20"),
+        "gas_pump": ("0.20", "1.60"),
+        "golf_ball": ("4.20", "5.40"),
+        "parachute": ("2.00", "1.60"),
+    },
+    "accuracy_others": {
+        "cassette_player": ("80.13", "81.33"),
+        "chain_saw": ("69.22", "71.87"),
+        "church": ("73.49", "74.24"),
+        "english_springer": ("71.91", "69.36"),
+        "french_horn": ("70.87", "68.09"),
+        "garbage_truck": ("63.69", "64.73"),
+        "gas_pump": ("67.69", "66.04"),
+        "golf_ball": ("73.27", "73.20"),
+        "parachute": ("68.91", "67.44"),
+        "tench": ("72.67", "67.93"),
+    },
+}
+# Sec. 6.2: church and garbage truck "to no more than 3%".
+TEXT_LIMIT = {"garbage_truck": ("3", "3.80")}
+
+QUOTED = [  # section, number in the text, where it is printed
+    ("6.2", "12.440", (2, "nudity", "erase", "fid")),
+    ("6.2", "31.30", (2, "nudity", "erase", "clip_score")),
+    ("6.2", "98", (4, "concept_prune", "total", "mma")),
+    ("6.2", "279", (4, "esd", "total", "mma")),
+    ("6.2", "481", (4, "rece", "total", "mma")),
+    ("6.2", "971", (4, "uce", "total", "mma")),
+    ("6.3", "7.2", (6, "cassette_player", "none", "accuracy_target")),
+    ("6.3", "27.6", (6, "cassette_player", "amplify", "accuracy_target")),
+    ("H.2", "-97.39", (14, "sdxl", "erase", "change", "ring_a_bell")),
+    ("H.2", "-98.63", (14, "sdxl", "erase", "change", "mma")),
+]
+
+
+@functools.cache
+def read(table: int) -> pd.DataFrame:
+    """Every cell as the string that is printed; an empty one is the empty string."""
+    return pd.read_csv(PAPER / f"table{table:02}.csv", dtype=str, keep_default_na=False)
+
+
+@functools.cache
+def grid(table: int, metric: str) -> pd.DataFrame:
+    """Rows by columns, as decimals, of a table without further columns."""
+    cells = read(table)
+    cells = cells[cells["metric"] == metric]
+    return cells.pivot(index="row", columns="column", values="value").map(Decimal)
+
+
+def accuracies(table: int, metric: str) -> dict[Cell, Decimal]:
+    """{(table, row, column): value} without the row of averages."""
+    values = grid(table, metric)
+    return {
+        (table, row, column): values[column][row]
+        for column in values
+        for row in values.index
+        if row != "average"
+    }
+
+
+def rounded(value: Decimal) -> Decimal:
+    return value.quantize(CENT, ROUND_HALF_UP)
+
+
+def cut(value: Decimal) -> Decimal:
+    return value.quantize(CENT, ROUND_FLOOR)
+
+
+def names(group: str) -> set[str]:
+    return {path.stem for path in (CONF / group).glob("*.yaml")}
+
+
+def groups(table: int, *extra: str) -> Iterable[tuple[tuple[str, ...], pd.DataFrame]]:
+    return read(table).groupby([*FURTHER.get(table, []), *extra], sort=False)
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_every_cell_of_the_table_is_there_once(table: int) -> None:
+    cells = read(table)
+    key = [*COLUMNS[:4], *FURTHER.get(table, [])]
+    assert set(cells.columns) == {*COLUMNS, *FURTHER.get(table, [])}
+    assert len(cells) == CELLS[table]
+    assert not cells.duplicated(key).any()
+    assert set(cells["table"]) == {str(table)}
+
+
+def test_there_are_no_other_files() -> None:
+    expected = {"README.md", *(f"table{table:02}.csv" for table in TABLES)}
+    assert {path.name for path in PAPER.iterdir()} == expected
+
+
+def test_only_printed_dashes_are_empty() -> None:
+    empty = {
+        (table, cell.row, cell.column, cell.metric)
+        for table in TABLES
+        for cell in read(table).itertuples()
+        if cell.value == ""
+    }
+    assert empty == PRINTED_DASHES
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_units_and_decimals_are_those_of_the_metric(table: int) -> None:
+    for cell in read(table).itertuples():
+        unit, decimals = FORMAT[cell.metric]
+        assert cell.unit == unit
+        if cell.value:
+            assert -Decimal(cell.value).as_tuple().exponent == decimals, cell
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_rows_are_named_as_in_conf(table: int) -> None:
+    concepts = names("concept")
+    kinds = {str(OmegaConf.load(path)["kind"]) for path in (CONF / "concept").glob("*.yaml")}
+    labels = set(OmegaConf.load(CONF / "protocol" / "paper.yaml")["nudity_labels"])
+    special = {7: {"average"}, 10: kinds, 11: {"average"}}
+    assert set(read(table)["row"]) <= concepts | labels | special.get(table, set())
+    if table in (2, 9, 14):
+        assert labels | {"nudity"} == set(read(table)["row"])
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_columns_are_named_as_in_conf(table: int) -> None:
+    columns = {7: set(UNET_COMPONENTS), 11: {"1.5", "2", "3", "knock_out"}}
+    assert set(read(table)["column"]) <= columns.get(table, names("edit"))
+    for further in FURTHER.get(table, []):
+        known = {"p4d", "unlearn_diff"} if further == "attack" else names(further)
+        assert set(read(table)[further]) <= known
+
+
+@pytest.mark.parametrize("table", [2, 9, 14])
+def test_totals_are_the_sums_of_the_nine_counts(table: int) -> None:
+    for key, cells in groups(table, "column"):
+        counts = cells[cells["metric"] == "count"]["value"].map(int)
+        total = cells[cells["metric"] == "total"]["value"].map(int)
+        assert len(counts) == LABELS
+        assert counts.sum() == total.item(), key
+
+
+@pytest.mark.parametrize("table", [4, 14])
+def test_changes_follow_from_the_totals(table: int) -> None:
+    wrong = {}
+    for key, cells in groups(table):
+        total = cells[cells["metric"] == "total"].set_index("column")["value"].map(Decimal)
+        change = cells[cells["metric"] == "change"].set_index("column")["value"]
+        for method, printed in change.items():
+            expected = rounded(100 * (total[method] / total["none"] - 1))
+            if expected != Decimal(printed):
+                wrong[table, *key, method] = (printed, str(expected))
+    assert wrong == {cell: pair for cell, pair in CHANGES.items() if cell[0] == table}
+
+
+@pytest.mark.parametrize("metric", ["accuracy_target", "accuracy_others"])
+@pytest.mark.parametrize("table", [7, 11])
+def test_averages_are_those_of_the_ten_objects(table: int, metric: str) -> None:
+    values = grid(table, metric)
+    means = values.drop(index="average").sum() / OBJECTS
+    assert means.map(rounded).to_dict() == values.loc["average"].to_dict()
+
+
+def test_target_accuracies_are_shares_of_500_images() -> None:
+    impossible = {
+        cell: str(value)
+        for table in (*ACCURACY_TABLES, 12)
+        for cell, value in accuracies(table, "accuracy_target").items()
+        if value * IMAGES % 100 != 0
+    }
+    assert impossible == TARGETS_NO_COUNT_GIVES
+
+
+def test_other_accuracies_are_shares_of_4500_images() -> None:
+    """Rounded, or cut where the list says so, or listed."""
+    of_which_cut, impossible = [], {}
+    for table in ACCURACY_TABLES:
+        for cell, value in accuracies(table, "accuracy_others").items():
+            images = Decimal(IMAGES * OTHERS)
+            below = (value * images / 100).quantize(Decimal(1), ROUND_FLOOR)
+            shares = [100 * (below + one) / images for one in (0, 1)]
+            if value in map(rounded, shares):
+                continue
+            if value in map(cut, shares):
+                of_which_cut.append(cell)
+            else:
+                impossible[cell] = (str(value), str(rounded(shares[0])))
+    assert impossible == OTHERS_NO_COUNT_GIVES
+    expected = [
+        (table, row, column) for (table, column), rows in OTHERS_CUT.items() for row in rows
+    ]
+    assert Counter(of_which_cut) == Counter(expected)
+
+
+def test_attack_rates_on_objects_are_shares_of_50_prompts() -> None:
+    impossible = {
+        (cell.attack, cell.row, cell.column): cell.value
+        for cell in read(3).itertuples()
+        if cell.row != "nudity" and Decimal(cell.value) * ATTACK_PROMPTS % 1 != 0
+    }
+    assert impossible == RATES_NO_COUNT_GIVES
+
+
+def others_from_targets(table: int, column: str) -> dict[Cell, tuple[str, str]]:
+    """Rows whose others are not the mean of the other rows' targets: (printed, that mean)."""
+    target = grid(table, "accuracy_target")[column].drop("average", errors="ignore")
+    others = grid(table, "accuracy_others")[column]
+    means = {row: (target.sum() - target[row]) / OTHERS for row in target.index}
+    return {
+        (table, row, column): (str(others[row]), str(rounded(mean)))
+        for row, mean in means.items()
+        if others[row] not in (rounded(mean), cut(mean))
+    }
+
+
+@pytest.mark.parametrize("table", [1, 8])
+def test_unedited_columns_come_from_one_set_of_images(table: int) -> None:
+    expected = {cell: pair for cell, pair in UNEDITED_OTHERS.items() if cell[0] == table}
+    assert others_from_targets(table, "none") == expected
+
+
+def test_two_unedited_cells_of_table_8_repeat_uce() -> None:
+    others = grid(8, "accuracy_others")
+    for _, row, column in UNEDITED_OTHERS:
+        assert others[column][row] == others["uce"][row] == others["rece"][row]
+
+
+def test_scale_15_of_table_11_reads_like_one_model_for_all_objects() -> None:
+    """Ten edited models cannot be expected to do so; no other edited column does for any row."""
+    assert others_from_targets(11, "1.5") == {}
+    for column in ("2", "3", "knock_out"):
+        assert len(others_from_targets(11, column)) == OBJECTS
+
+
+@pytest.mark.parametrize("metric", ["accuracy_target", "accuracy_others"])
+def test_erase_is_table_7s_ff_but_not_table_11s_knock_out(metric: str) -> None:
+    erase = grid(1, metric)["erase"]
+    assert (erase == grid(7, metric)["ff"].drop("average")).all()
+    knock_out = grid(11, metric)["knock_out"].drop("average")
+    differing = {
+        row: (str(erase[row]), str(knock_out[row]))
+        for row in erase.index
+        if erase[row] != knock_out[row]
+    }
+    assert differing == ERASE_AND_KNOCK_OUT[metric]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "metric"),
+    [
+        (1, 6, "accuracy_target"),
+        (1, 6, "accuracy_others"),
+        (8, 12, "accuracy_target"),
+    ],
+)
+def test_unedited_values_agree_between_tables(first: int, second: int, metric: str) -> None:
+    again = grid(second, metric)["none"]
+    assert (grid(first, metric)["none"][again.index] == again).all()
+
+
+@pytest.mark.parametrize(("section", "number", "where"), QUOTED)
+def test_numbers_quoted_in_the_text(
+    section: str, number: str, where: tuple[int | str, ...]
+) -> None:
+    table, *labels = where
+    cells = read(int(table))
+    found = cells[cells.apply(lambda cell: set(labels) <= set(cell), axis=1)]
+    assert Decimal(found["value"].item()) == Decimal(number)
+
+
+def test_the_texts_limit_holds_in_table_11_and_not_in_table_1() -> None:
+    limit = Decimal(3)
+    rows = ["church", "garbage_truck"]
+    assert (grid(11, "accuracy_target")["knock_out"][rows] <= limit).all()
+    erase = grid(1, "accuracy_target")["erase"][rows]
+    above = {row: (str(limit), str(value)) for row, value in erase.items() if value > limit}
+    assert above == TEXT_LIMIT
