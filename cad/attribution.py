@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,9 @@ from cad.trajectories import NoisePlan
 log = logging.getLogger(__name__)
 
 PLACES = ("device", "cpu")
+# Root mean square, within a factor of two, of the gradient that each backward starts from: in half
+# precision larger ones overflow on their way and smaller ones vanish.
+GRADIENT_RMS = 2.0**-4
 MEMORY_ONLY = ("gradient_checkpointing", "sums_on")  # change memory and time, not the scores
 
 
@@ -40,10 +43,6 @@ class Attribution(NoisePlan):
     component: str = "ff"  # ff | attn1 | attn2 | residual
     gradient_checkpointing: bool = False  # less memory, about a third more time
     sums_on: str = "device"  # where gradients are added up: "device" | "cpu", weight by weight
-
-    # Root mean square, within a factor of two, of the gradient that the backward starts from: in
-    # half precision larger ones overflow on their way and smaller ones vanish.
-    gradient_rms: ClassVar[float] = 2.0**-4
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,7 +60,9 @@ class Attribution(NoisePlan):
         """Where the scores are."""
         return model.device if self.sums_on == "device" else torch.device("cpu")
 
-    def scores(self, model: DiffusionModel, objective: Objective) -> dict[str, Tensor]:
+    def scores(
+        self, model: DiffusionModel, objective: Objective, gradient_rms: float = GRADIENT_RMS
+    ) -> dict[str, Tensor]:
         """Attribution scores w * dJ/dw of the group's weights (Eq. 3).
 
         Returns {name: (out, in) float32} at `place`, a convolution as (out, in * kh * kw);
@@ -93,7 +94,7 @@ class Attribution(NoisePlan):
                 term, gradient = term_gradient(objective, state.target, prediction)
                 _check_finite_term(term, state.t, model)
                 # Factors that would cost half precision digits wait for the float32 sums.
-                scale = backward_scale(gradient, self.gradient_rms)
+                scale = backward_scale(gradient, gradient_rms)
                 gradients.factor = state.weight / scale
                 prediction.backward((scale * gradient).to(prediction.dtype))
         self._check_some_gradient(gradients, model)

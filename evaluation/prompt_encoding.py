@@ -32,10 +32,11 @@ class PromptEncoder:
     def __iter__(self) -> Iterator[Conditioning]:
         known: dict[str, Conditioning] = {}
         for i, batch in enumerate(self._batches):
-            for text in batch:
-                if text not in known:
-                    encoded = self._model.encode_prompts([text], truncate=True)
-                    known[text] = _moved(encoded, MAIN_MEMORY)
+            with self._model.encoding():
+                for text in dict.fromkeys(batch):
+                    if text not in known:
+                        encoded = self._model.encode_prompts([text], truncate=True)
+                        known[text] = _moved(encoded, MAIN_MEMORY)
             yield _moved(Conditioning.cat([known[text] for text in batch]), self._model.device)
             known = {text: kept for text, kept in known.items() if self._last_use[text] > i}
 

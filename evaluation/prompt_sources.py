@@ -18,6 +18,7 @@ from huggingface_hub import constants, get_token, hf_hub_download, try_to_load_f
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
 
 from cad.errors import UserError
+from cad.models.hub import TRANSPORT_ERROR
 from evaluation.files import write_atomically
 
 TIMEOUT = 20.0  # seconds that a server may be silent
@@ -131,7 +132,12 @@ class HubFile(PromptSource):
             )
         except GatedRepoError as error:
             raise UserError(self._missing("the hub refused the token")) from error
-        except (HfHubHTTPError, LocalEntryNotFoundError, httpx.HTTPError) as error:
+        except (
+            HfHubHTTPError,
+            LocalEntryNotFoundError,
+            httpx.HTTPError,
+            TRANSPORT_ERROR,
+        ) as error:
             raise UserError(self._missing(f"the download failed ({error})")) from error
         return Path(path)
 

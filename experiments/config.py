@@ -41,6 +41,7 @@ GROUPS = {  # the key of a prompt set's configuration that names the groups of i
 LEFT_OUT = (  # changes no result, or (device, dtype) is in the identity once, as it was resolved
     "model.adapter.device",
     "model.adapter.dtype",
+    "model.adapter.offload",
     "model.adapter.source.size_gb",
     "model.adapter.source.licence",
     "model.adapter.source.gated",
@@ -69,6 +70,7 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("setting", setting, replace=True)
     OmegaConf.register_new_resolver("default_ratio", default_ratio, replace=True)
     OmegaConf.register_new_resolver("default_per", default_per, replace=True)
+    OmegaConf.register_new_resolver("default_evaluators", default_evaluators, replace=True)
     OmegaConf.register_new_resolver("short_hash", short_hash, replace=True, use_cache=True)
     OmegaConf.register_new_resolver("repository", lambda: str(REPOSITORY), replace=True)
 
@@ -119,9 +121,14 @@ def default_per(ratios: DictConfig, edit: str) -> str:
     return str(own or ratios.per)
 
 
+def default_evaluators(model: DictConfig, concept: DictConfig) -> DictConfig | None:
+    """Those that the model names for the concept's kind; none for weights that mean nothing."""
+    return model.evaluators[concept.kind] if model.weights == "published" else None
+
+
 def check(cfg: DictConfig) -> None:
     """Raise UserError for the first value that cannot work, before anything is loaded."""
-    _check_adapter(cfg)
+    _check_weights(cfg)
     _check_prompts(cfg)
     _check_concepts(cfg)
     _check_ratio(cfg)
@@ -286,17 +293,23 @@ def _is_at(place: tuple[str, ...], patterns: Iterable[str]) -> bool:
     )
 
 
-def _check_adapter(cfg: DictConfig) -> None:
-    if cfg.model.adapter._target_ is not None:
+def _check_weights(cfg: DictConfig) -> None:
+    from cad.models.base import PUBLISHED, WEIGHTS
+
+    _check_choice("model.weights", cfg.model.weights, WEIGHTS)
+    if cfg.model.weights == PUBLISHED:
         return
-    source = cfg.model.source
-    raise UserError(
-        f"model={cfg.model.name} is described in conf/model/{cfg.model.name}.yaml, but this "
-        f"version has no adapter for its family yet, so it cannot be run. Its weights would come "
-        f"from {source.repo} on the Hugging Face hub (revision {source.revision}, about "
-        f"{source.size_gb} GB, {source.licence}{', gated' if source.gated else ''}). What runs "
-        "now: model=mini, which is shipped, and model=sd14 or model=sd21 with their weights."
-    )
+    if "weights" not in cfg.model.adapter:
+        raise UserError(
+            f"model.weights={cfg.model.weights} is not for model={cfg.model.name}, whose weights "
+            "are part of the repository; use model.weights=published, or model=sd14"
+        )
+    if cfg.evaluator:
+        raise UserError(
+            f"evaluator={','.join(cfg.evaluator)} has nothing to measure: images of "
+            f"model.weights={cfg.model.weights} mean nothing. Leave evaluator out: the edit is "
+            "made, and its time and memory are reported"
+        )
 
 
 def _check_prompts(cfg: DictConfig) -> None:

@@ -80,7 +80,11 @@ def run_experiment(cfg: DictConfig, folder: ResultFolder) -> Path:
     records, rows = evaluate(build_evaluators(cfg, watchers), targets, images)
     summary = {
         "config_hash": folder.digest,
-        "model": {"name": cfg.model.name, **parts.model.provenance()},
+        "model": {
+            "name": cfg.model.name,
+            **parts.model.provenance(),
+            "files": parts.model.file_digests(),
+        },
         "concepts": targets,
         "edit": _describe_edit(cfg, edit),
         "seed": cfg.seed,

@@ -60,12 +60,22 @@ def show_table(frame: pd.DataFrame, caption: str, console: Console | None = None
 
 def title(metrics: dict[str, Any]) -> str:
     """What was done, in a line: "erase parachute from mini, ratio 0.01 per row of ff"."""
-    edit, concepts = metrics["edit"], join_concepts(metrics)
+    edit, concepts, model = metrics["edit"], join_concepts(metrics), _model_name(metrics)
     if edit["name"] == "none":
-        return f"{concepts} by {metrics['model']['name']}, unedited"
+        return f"{concepts} by {model}, unedited"
     how = "" if edit["ratio"] is None else f", ratio {edit['ratio']:g} per {edit['per']}"
     where = f" of {edit['component']}" if how else ""
-    return f"{edit['name']} {concepts}, {metrics['model']['name']}{how}{where}"
+    return f"{edit['name']} {concepts}, {model}{how}{where}"
+
+
+def _model_name(metrics: dict[str, Any]) -> str:
+    """The model's name, with a warning where its weights are random."""
+    from cad.models.base import RANDOM  # slow to import, and not needed for --help
+
+    model = metrics["model"]
+    if model["revision"] in RANDOM:
+        return f"{model['name']} (RANDOM WEIGHTS: costs, not effects)"
+    return str(model["name"])
 
 
 def join_concepts(metrics: dict[str, Any]) -> str:

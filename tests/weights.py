@@ -53,18 +53,27 @@ TEXT = {
 def write_weights(folder: Path) -> Path:
     """Write what experiments/miniature/weights holds that a run reads, below `folder`."""
     torch.manual_seed(0)
-    tokenizer = CLIPTokenizer(
-        vocab={token: i for i, token in enumerate(TOKENS)}, merges=[], model_max_length=MAX_TOKENS
-    )
-    _pipeline(tokenizer).save_pretrained(folder / "pipeline")
-    _write_clip(folder / "clip", tokenizer)
-    save_classifier(folder / "classifier", SmallResNet(SUBJECTS, widths=WIDTHS, blocks=1))
+    _pipeline(_tokenizer()).save_pretrained(folder / "pipeline")
+    write_metrics(folder)
     latents = {name: torch.randn(5, 4, 8, 8) for name in SUBJECTS}
     save_file(latents, folder / "references.safetensors")
+    return folder
+
+
+def write_metrics(folder: Path) -> None:
+    """Write what the miniature's metrics read: `clip`, `classifier`, `features.safetensors`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_clip(folder / "clip", _tokenizer())
+    save_classifier(folder / "classifier", SmallResNet(SUBJECTS, widths=WIDTHS, blocks=1))
     dim = WIDTHS[-1]
     statistics = {"mean": torch.zeros(dim).double(), "covariance": torch.eye(dim).double()}
     save_file(statistics | {"count": torch.tensor(99)}, folder / "features.safetensors")
-    return folder
+
+
+def _tokenizer() -> CLIPTokenizer:
+    return CLIPTokenizer(
+        vocab={token: i for i, token in enumerate(TOKENS)}, merges=[], model_max_length=MAX_TOKENS
+    )
 
 
 def _pipeline(tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:

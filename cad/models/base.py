@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,9 @@ from cad.errors import UserError
 if TYPE_CHECKING:
     from cad.sampling import Sampler
 
+PUBLISHED = "published"
+RANDOM = ("random", "random-small")  # at full size, at small widths
+WEIGHTS = (PUBLISHED, *RANDOM)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -78,6 +82,11 @@ class DiffusionModel(ABC):
 
     # Group name -> regular expression over the denoiser's parameter names (cad.components).
     components: Mapping[str, str]
+    # Group name -> why the family has no such group.
+    no_components: Mapping[str, str] = {}
+    # Regular expression of the key and value projections that read the prompt, in cross-attention;
+    # None for a family without.
+    text_projections: str | None = None
 
     def __init__(
         self,
@@ -138,6 +147,10 @@ class DiffusionModel(ABC):
             **self._digests,
         }
 
+    def file_digests(self) -> dict[str, str]:
+        """SHA-256 of the files that the weights were read from; none if there were none."""
+        return {}
+
     def forget_digests(self) -> None:
         """To be called by whoever changes weights for good: `provenance` then hashes again."""
         self._digests = None
@@ -161,6 +174,10 @@ class DiffusionModel(ABC):
 
         Raises UserError if a prompt is longer than the encoder takes, unless `truncate`.
         """
+
+    def encoding(self) -> AbstractContextManager[None]:
+        """A block with many calls of `encode_prompts`: what they work with stays on the device."""
+        return nullcontext()
 
     def last_tokens(self, prompts: Sequence[str]) -> list[int]:
         """Of each prompt, the position of its last token in what `encode_prompts` gives.

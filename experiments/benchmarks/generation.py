@@ -2,6 +2,7 @@
 
     python -m experiments.benchmarks.generation
     python -m experiments.benchmarks.generation images_per_class=10 memory_images=2000
+    python -m experiments.benchmarks.generation model=sd14 model.weights=random device=cuda
 
 The loop is what one would write by hand: `pipeline(prompt, generator=...)` and `image.save(path)`,
 one image after another. Both write PNGs to a temporary folder; both are warmed up first.
@@ -14,13 +15,13 @@ import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import hydra
 import numpy as np
 import pandas as pd
 import psutil
 import torch
-from diffusers import StableDiffusionPipeline
 from hydra.utils import instantiate
 from numpy.typing import NDArray
 from omegaconf import DictConfig
@@ -28,14 +29,13 @@ from tqdm import tqdm
 
 from cad.errors import UserError
 from cad.models.base import DiffusionModel
-from cad.models.hub import Source
-from cad.models.stable_diffusion import load_pipeline
+from cad.models.pipeline import PipelineModel, Weights
 from cad.weight_edit import WeightEdit
 from evaluation.generation import SamplerSettings, Watcher, generate
 from evaluation.image_sets import ImageSet
 from evaluation.prompts import Prompt, build_prompts
+from experiments.command_line import exit_status
 from experiments.config import register_resolvers
-from experiments.miniature.train import exit_status
 from experiments.rendering import show_table
 
 WARM_UP = 2  # images
@@ -46,7 +46,7 @@ register_resolvers()
 
 @hydra.main(version_base="1.3", config_path="../../conf", config_name="benchmark_generation")
 def main(config: DictConfig) -> None:
-    model: DiffusionModel = instantiate(config.model.adapter, _convert_="all")
+    model: PipelineModel = instantiate(config.model.adapter, _convert_="all")
     settings = SamplerSettings(**config.model.sampler)
     prompts = build_prompts(instantiate(config.prompts, _convert_="all"))
     pipeline = plain_pipeline(config, model)
@@ -56,19 +56,21 @@ def main(config: DictConfig) -> None:
             watch_memory(model, prompts, settings, Path(folder), config.memory_images)
 
 
-def plain_pipeline(config: DictConfig, model: DiffusionModel) -> StableDiffusionPipeline:
+def plain_pipeline(config: DictConfig, model: PipelineModel) -> Any:
     """The pipeline as diffusers loads it, in the model's dtype and on its device."""
-    source: Source = instantiate(config.model.source)
-    pipeline: StableDiffusionPipeline = load_pipeline(
-        source.locate(), source.variant, model.dtype
-    ).to(model.device)
+    adapter = config.model.adapter
+    weights = Weights(
+        instantiate(config.model.source), config.model.weights, adapter.get("architecture")
+    )
+    loaded = weights.pipeline(model.pipeline_class, model.name, model.dtype, model.device)
+    pipeline = loaded.pipeline
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 def compare(
     model: DiffusionModel,
-    pipeline: StableDiffusionPipeline,
+    pipeline: Any,
     prompts: list[Prompt],
     settings: SamplerSettings,
     folder: Path,
@@ -100,7 +102,7 @@ def compare(
 
 
 def loop(
-    pipeline: StableDiffusionPipeline,
+    pipeline: Any,
     prompts: list[Prompt],
     settings: SamplerSettings,
     folder: Path,

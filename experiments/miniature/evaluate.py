@@ -35,12 +35,12 @@ from evaluation.generation import SamplerSettings, generate
 from evaluation.image_sets import ImageSet
 from evaluation.prompts import ObjectPrompts, PromptSet, StylePrompts
 from evaluation.statistics import wilson
+from experiments.command_line import exit_status
 from experiments.config import register_resolvers
 from experiments.miniature.captions import STYLES, SUBJECTS
 from experiments.miniature.card import write_card
 from experiments.miniature.classifier import predict
 from experiments.miniature.data import load_photographs
-from experiments.miniature.train import exit_status
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import hydra
@@ -23,22 +22,11 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from cad.errors import UserError
+from experiments.command_line import exit_status
 from experiments.experiment import quiet_libraries
 from experiments.miniature.stages import INPUTS, Workshop
 
 log = logging.getLogger(__name__)
-
-USAGE_ERROR = 2  # exit status
-
-
-def exit_status(program: Callable[[], None]) -> int:
-    """0, or USAGE_ERROR after the message of a mistake that the user can mend."""
-    try:
-        program()
-    except UserError as error:
-        log.error("%s", error)
-        return USAGE_ERROR
-    return 0
 
 
 @hydra.main(version_base="1.3", config_path="../../conf", config_name="miniature")

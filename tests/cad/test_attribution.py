@@ -11,7 +11,13 @@ from diffusers import DDIMScheduler
 from safetensors.torch import save_file
 from scipy.stats import spearmanr
 
-from cad.attribution import Attribution, backward_scale, summed_gradients, term_gradient
+from cad.attribution import (
+    GRADIENT_RMS,
+    Attribution,
+    backward_scale,
+    summed_gradients,
+    term_gradient,
+)
 from cad.components import component_weights
 from cad.digests import parameter_digest
 from cad.errors import UserError
@@ -200,7 +206,7 @@ def test_small_gradients_survive_half_precision(parachute, tmp_path):
     for scaled in (False, True):
         prediction = weight * noise.half() * 0.01
         _, gradient = term_gradient(objective, noise, prediction)
-        scale = backward_scale(gradient, Attribution.gradient_rms) if scaled else 1.0
+        scale = backward_scale(gradient, GRADIENT_RMS) if scaled else 1.0
         with summed_gradients({"w": weight}, torch.device("cpu")) as sums:
             sums.factor = 1 / scale
             prediction.backward((scale * gradient).half())

@@ -2,17 +2,99 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import constants, errors
+from huggingface_hub.utils import are_progress_bars_disabled, filter_repo_objects
+from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from cad.errors import UserError
 from cad.models import hub
-from cad.models.hub import Source, missing_parts
+from cad.models.base import Origin
+from cad.models.hub import Located, Source, file_digest, missing_parts, pipeline_parts
 
 REPO, COMMIT = "someone/some-model", "0" * 40
+# The parts that the published indices name, and the files that their repositories hold.
+XL_PARTS = {
+    "scheduler": ["diffusers", "EulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "tokenizer_2": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+XL_NEEDED = """
+    model_index.json scheduler/scheduler_config.json
+    text_encoder/config.json text_encoder/model.fp16.safetensors
+    text_encoder_2/config.json text_encoder_2/model.fp16.safetensors
+    tokenizer/merges.txt tokenizer/special_tokens_map.json tokenizer/tokenizer_config.json
+    tokenizer/vocab.json tokenizer_2/merges.txt tokenizer_2/special_tokens_map.json
+    tokenizer_2/tokenizer_config.json tokenizer_2/vocab.json
+    unet/config.json unet/diffusion_pytorch_model.fp16.safetensors
+    vae/config.json vae/diffusion_pytorch_model.fp16.safetensors
+"""
+XL_REST = """
+    .gitattributes 01.png LICENSE.md README.md comparison.png pipeline.png
+    sd_xl_base_1.0.safetensors sd_xl_base_1.0_0.9vae.safetensors
+    sd_xl_offset_example-lora_1.0.safetensors
+    text_encoder/flax_model.msgpack text_encoder/model.onnx text_encoder/model.safetensors
+    text_encoder/openvino_model.bin text_encoder/openvino_model.xml
+    text_encoder_2/flax_model.msgpack text_encoder_2/model.onnx text_encoder_2/model.onnx_data
+    text_encoder_2/model.safetensors text_encoder_2/openvino_model.bin
+    text_encoder_2/openvino_model.xml
+    unet/diffusion_flax_model.msgpack unet/diffusion_pytorch_model.safetensors unet/model.onnx
+    unet/model.onnx_data unet/openvino_model.bin unet/openvino_model.xml
+    vae/diffusion_flax_model.msgpack vae/diffusion_pytorch_model.safetensors
+    vae_1_0/config.json vae_1_0/diffusion_pytorch_model.fp16.safetensors
+    vae_1_0/diffusion_pytorch_model.safetensors vae_decoder/config.json vae_decoder/model.onnx
+    vae_decoder/openvino_model.bin vae_decoder/openvino_model.xml vae_encoder/config.json
+    vae_encoder/model.onnx vae_encoder/openvino_model.bin vae_encoder/openvino_model.xml
+"""
+SD35_PARTS = {
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
+    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+    "text_encoder_3": ["transformers", "T5EncoderModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "tokenizer_2": ["transformers", "CLIPTokenizer"],
+    "tokenizer_3": ["transformers", "T5TokenizerFast"],
+    "transformer": ["diffusers", "SD3Transformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+T5_CONFIGURATION = """
+    text_encoder_3/config.json text_encoder_3/model.safetensors.index.json
+    tokenizer_3/special_tokens_map.json tokenizer_3/spiece.model tokenizer_3/tokenizer.json
+    tokenizer_3/tokenizer_config.json
+"""
+T5_WEIGHTS = """
+    text_encoder_3/model-00001-of-00002.safetensors text_encoder_3/model-00002-of-00002.safetensors
+"""
+SD35_NEEDED = """
+    model_index.json scheduler/scheduler_config.json
+    text_encoder/config.json text_encoder/model.safetensors
+    text_encoder_2/config.json text_encoder_2/model.safetensors
+    tokenizer/merges.txt tokenizer/special_tokens_map.json tokenizer/tokenizer_config.json
+    tokenizer/vocab.json tokenizer_2/merges.txt tokenizer_2/special_tokens_map.json
+    tokenizer_2/tokenizer_config.json tokenizer_2/vocab.json
+    transformer/config.json transformer/diffusion_pytorch_model.safetensors
+    vae/config.json vae/diffusion_pytorch_model.safetensors
+"""
+SD35_REST = """
+    .gitattributes LICENSE.md README.md sd3.5_medium.safetensors sd3.5_medium_demo.jpg
+    SD3.5M_example_workflow.json SD3.5M_SLG_example_workflow.json mmdit-x.png
+    text_encoders/README.md text_encoders/clip_g.safetensors text_encoders/clip_l.safetensors
+    text_encoders/t5xxl_fp16.safetensors text_encoders/t5xxl_fp8_e4m3fn.safetensors
+    text_encoder/model.fp16.safetensors text_encoder_3/model.fp16-00001-of-00002.safetensors
+    text_encoder_3/model.fp16-00002-of-00002.safetensors
+    vae/diffusion_pytorch_model.fp16.safetensors
+"""
 
 
 def source(**changes) -> Source:
@@ -37,6 +119,7 @@ def no_hub(monkeypatch, tmp_path):
         raise AssertionError("the network was asked")
 
     monkeypatch.setattr(hub.httpx, "head", asked)
+    monkeypatch.setattr(hub, "hf_hub_download", asked)
     monkeypatch.setattr(hub, "snapshot_download", asked)
     monkeypatch.setattr(hub, "get_token", lambda: None)
     cache = tmp_path / "hub"
@@ -56,9 +139,39 @@ def lay_out(cache, tiny_pipeline):
     return folder / "snapshots" / COMMIT
 
 
+class Repository:
+    """A hub that holds `files`; what is fetched appears in `snapshot`, as empty files."""
+
+    def __init__(self, monkeypatch, snapshot, index, files="", lost=None):
+        self.snapshot, self.index, self.files, self.lost = snapshot, index, files.split(), lost
+        self.fetched: set[str] = set()
+        monkeypatch.setattr(hub.httpx, "head", lambda *_args, **_options: None)
+        monkeypatch.setattr(hub, "hf_hub_download", self.fetch_index)
+        monkeypatch.setattr(hub, "snapshot_download", self.fetch)
+
+    def fetch_index(self, repo, file, revision):
+        assert (repo, file) == (REPO, hub.INDEX)
+        self.revision = revision
+        self.snapshot.mkdir(parents=True, exist_ok=True)
+        (self.snapshot / file).write_text(json.dumps(self.index))
+        return str(self.snapshot / file)
+
+    def fetch(self, repo, revision, allow_patterns):
+        assert (repo, revision) == (REPO, self.snapshot.name)
+        self.fetched = set(filter_repo_objects(self.files, allow_patterns=allow_patterns))
+        for name in self.fetched - {hub.INDEX}:
+            (self.snapshot / name).parent.mkdir(exist_ok=True)
+            (self.snapshot / name).touch()
+        if self.lost is not None:
+            self.lost.touch()
+
+
 def test_a_cached_snapshot_is_found_without_the_network(no_hub, tiny_pipeline):
     snapshot = lay_out(no_hub, tiny_pipeline)
-    assert source().locate() == snapshot
+    located = source().locate()
+    assert (located.path, located.config) == (snapshot, None)
+    assert located.origin == Origin(REPO, COMMIT)
+    assert [file.parent.name for file in located.weights] == ["text_encoder", "unet", "vae"]
 
 
 def test_an_incomplete_snapshot_is_not_taken(no_hub, tiny_pipeline, monkeypatch, caplog):
@@ -74,12 +187,21 @@ def test_an_incomplete_snapshot_is_not_taken(no_hub, tiny_pipeline, monkeypatch,
 @pytest.mark.parametrize("part", ["unet", "text_encoder"])
 def test_parts_without_weights_are_downloaded(no_hub, tiny_pipeline, monkeypatch, part):
     folder = lay_out(no_hub, tiny_pipeline)
-    for file in (folder / part).glob("*.safetensors"):
-        file.rename(file.with_suffix(".bin"))
+    lost = next((folder / part).glob("*.safetensors"))
+    lost.rename(lost.with_suffix(".bin"))
     assert missing_parts(folder) == [str(folder / part)]
-    monkeypatch.setattr(hub.httpx, "head", lambda *_args, **_options: None)
-    monkeypatch.setattr(hub, "snapshot_download", lambda *_args, **_options: "downloaded")
-    assert source().locate() == Path("downloaded")
+    Repository(monkeypatch, folder, json.loads((folder / hub.INDEX).read_text()), lost=lost)
+    assert lost in source().locate().weights
+
+
+def test_a_part_that_is_left_out_may_be_missing(no_hub, tiny_pipeline):
+    folder = lay_out(no_hub, tiny_pipeline)
+    for file in (folder / "text_encoder").iterdir():
+        file.unlink()
+    assert missing_parts(folder) == [str(folder / "text_encoder")]
+    assert missing_parts(folder, without=["text_encoder"]) == []
+    located = source().locate(without=["text_encoder"])
+    assert [file.parent.name for file in located.weights] == ["unet", "vae"]
 
 
 @pytest.mark.parametrize(
@@ -114,7 +236,35 @@ def test_offline_ends_in_one_paragraph(monkeypatch):
         assert part in message
     command = f"hf download {REPO} --revision abc --include model_index.json --include '*/*.json'"
     assert command in message
-    assert "--include '*/*.safetensors' --exclude 'safety_checker/*'" in message
+    assert "--include '*/*model.safetensors'" in message
+    assert "--exclude 'safety_checker/*'" in message
+    assert "model.source.path" in message
+    assert "repo=null" not in message
+
+
+@pytest.mark.parametrize(
+    ("parts", "variant", "needed", "rest"),
+    [
+        (XL_PARTS, "fp16", XL_NEEDED, XL_REST),
+        (SD35_PARTS, None, SD35_NEEDED + T5_CONFIGURATION + T5_WEIGHTS, SD35_REST),
+    ],
+    ids=["sdxl", "sd35"],
+)
+def test_the_command_fetches_what_the_download_does(parts, variant, needed, rest):
+    words = source(variant=variant)._command((), True).replace("'", "").split()
+    given = {"--include": [], "--exclude": []}
+    for option, pattern in zip(words[3::2], words[4::2], strict=True):
+        given[option].append(pattern)
+    chosen = set(
+        filter_repo_objects(
+            (needed + rest).split(),
+            allow_patterns=given["--include"],
+            ignore_patterns=given["--exclude"],
+        )
+    )
+    assert chosen >= set(needed.split())
+    extra = chosen - set(needed.split())
+    assert all(name.endswith("config.json") for name in extra)  # those of folders with no weights
 
 
 def test_gated_weights_need_a_token():
@@ -132,24 +282,194 @@ def test_an_unreachable_hub_is_noticed_quickly(monkeypatch):
         source().locate()
 
 
-def test_only_needed_files_are_downloaded(monkeypatch, tmp_path):
-    asked = {}
+@pytest.mark.parametrize(
+    ("parts", "variant", "needed", "rest", "without"),
+    [
+        (XL_PARTS, "fp16", XL_NEEDED, XL_REST, ()),
+        (SD35_PARTS, None, SD35_NEEDED + T5_CONFIGURATION + T5_WEIGHTS, SD35_REST, ()),
+        (
+            SD35_PARTS,
+            None,
+            SD35_NEEDED,
+            SD35_REST + T5_CONFIGURATION + T5_WEIGHTS,
+            ("text_encoder_3", "tokenizer_3"),
+        ),
+    ],
+    ids=["sdxl", "sd35", "sd35 without T5"],
+)
+def test_only_needed_files_are_downloaded(
+    monkeypatch, tmp_path, parts, variant, needed, rest, without
+):
+    repository = Repository(monkeypatch, tmp_path / COMMIT, parts, needed + rest)
+    located = source(variant=variant, revision="abc").locate(without)
+    assert repository.revision == "abc"
+    assert repository.fetched == set(needed.split())
+    assert located.origin == Origin(REPO, COMMIT)
+    weights = {name for name in needed.split() if name.endswith(".safetensors")}
+    assert set(located.file_digests()) == weights
 
-    def download(repo, **options):
-        asked.update(repo=repo, **options)
-        return str(tmp_path)
+
+def test_unused_parts_are_not_downloaded(monkeypatch, tmp_path):
+    parts = {
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+        "image_encoder": [None, None],
+        "requires_safety_checker": True,
+    }
+    files = "unet/model.safetensors safety_checker/model.safetensors image_encoder/config.json"
+    repository = Repository(monkeypatch, tmp_path / COMMIT, parts, files)
+    source().locate()
+    assert repository.fetched == {"unet/model.safetensors"}
+
+
+def test_weights_that_the_repository_lacks_are_named(monkeypatch, tmp_path):
+    files = "unet/config.json unet/diffusion_pytorch_model.safetensors"
+    index = {"unet": ["diffusers", "UNet2DConditionModel"]}
+    Repository(monkeypatch, tmp_path / COMMIT, index, files)
+    with pytest.raises(UserError, match=r"without unet: .* model\.source\.variant=fp16"):
+        source(variant="fp16").locate()
+
+
+def test_a_download_shows_its_progress(monkeypatch, tmp_path):
+    """Although loading a pipeline has switched the bars off, with those of transformers."""
+    Repository(monkeypatch, tmp_path / COMMIT, {})
+    disable_progress_bars()
+    source().locate()
+    assert not are_progress_bars_disabled()
+
+
+def answered(kind, status=404):
+    response = SimpleNamespace(headers={}, request=None, status_code=status)
+    return kind("Client Error.\n\nFor url: x", response=response)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (answered(errors.GatedRepoError, 403), "the hub refused the token: its account"),
+        (answered(errors.HfHubHTTPError, 401), r"the hub refused the token \(status 401\)"),
+        (answered(errors.RepositoryNotFoundError), r"withdrawn, renamed.*model\.source\.repo"),
+        (answered(errors.DisabledRepoError, 403), "the hub has disabled the repository"),
+        (answered(errors.RevisionNotFoundError), r"no revision 'abc' \(model\.source\.revision"),
+        (answered(errors.RemoteEntryNotFoundError), "it has no model_index.json"),
+        (answered(errors.HfHubHTTPError, 500), r"failed \(Client Error\. For url: x"),
+        (errors.LocalEntryNotFoundError("no connection"), r"failed \(no connection\)"),
+        (hub.TRANSPORT_ERROR("cut off"), r"failed \(cut off\)"),
+        (OSError("no space left"), r"failed \(no space left\)"),
+    ],
+)
+def test_a_failed_download_says_why(monkeypatch, error, expected):
+    def fail(*_args, **_options):
+        raise error
 
     monkeypatch.setattr(hub.httpx, "head", lambda *_args, **_options: None)
-    monkeypatch.setattr(hub, "snapshot_download", download)
-    assert source(variant="fp16", revision="abc").locate() == tmp_path
-    assert (asked["repo"], asked["revision"]) == (REPO, "abc")
-    assert "*/*.fp16*.safetensors" in asked["allow_patterns"]
-    assert not any(pattern.endswith((".bin", ".ckpt")) for pattern in asked["allow_patterns"])
-    assert "safety_checker/*" in asked["ignore_patterns"]
+    monkeypatch.setattr(hub, "hf_hub_download", fail)
+    with pytest.raises(UserError, match=expected) as raised:
+        source(revision="abc").locate()
+    assert "\n" not in str(raised.value)
 
 
-def test_one_of_repo_and_path_is_needed():
-    with pytest.raises(UserError, match="give one"):
+def test_what_is_no_repository_is_refused():
+    with pytest.raises(UserError, match=r"'/data/sd14' is no repository.*model\.source\.path"):
+        source(repo="/data/sd14").locate()
+
+
+def test_repo_or_path_is_needed():
+    with pytest.raises(UserError, match="both null: give one"):
         source(repo=None)
-    with pytest.raises(UserError, match="give one"):
-        source(path="somewhere")
+
+
+def test_a_local_folder_wins_over_the_repository(tiny_pipeline, tmp_path):
+    tiny_pipeline.save_pretrained(tmp_path)
+    located = source(path=str(tmp_path)).locate()
+    assert (located.path, located.config, located.origin) == (tmp_path, None, None)
+    assert len(located.weights) == 3
+
+
+def test_a_local_folder_with_other_weights_says_which(tiny_pipeline, tmp_path):
+    tiny_pipeline.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"unet, .*missing.*model\.source\.variant=null"):
+        source(path=str(tmp_path), variant="fp16").locate()
+    for file in tmp_path.glob("*/*.safetensors"):
+        file.rename(file.with_suffix(".bin"))
+    with pytest.raises(UserError, match=r"unet, .*missing.*Only safetensors are read: \.bin"):
+        source(path=str(tmp_path)).locate()
+
+
+@pytest.mark.parametrize("ending", [".ckpt", ".bin", ".pt"])
+def test_pickles_are_refused(tmp_path, ending):
+    (tmp_path / f"model{ending}").touch()
+    with pytest.raises(UserError, match=rf"{ending} file executes.*as \.safetensors"):
+        source(path=str(tmp_path / f"model{ending}")).locate()
+
+
+def test_a_checkpoint_takes_its_configurations_from_the_cache(no_hub, tiny_pipeline, tmp_path):
+    snapshot = lay_out(no_hub, tiny_pipeline)
+    for file in snapshot.glob("*/*.safetensors"):
+        file.unlink()  # they need not be there
+    checkpoint = tmp_path / "model.safetensors"
+    checkpoint.write_bytes(b"weights")
+    located = source(path=str(checkpoint)).locate()
+    assert located == Located(checkpoint, snapshot, None, (checkpoint,))
+    assert located.file_digests() == {
+        "model.safetensors": hashlib.sha256(b"weights").hexdigest(),
+    }
+
+
+def test_a_checkpoint_downloads_its_configurations_only(monkeypatch, tmp_path, caplog):
+    files = SD35_NEEDED + T5_CONFIGURATION + T5_WEIGHTS + SD35_REST
+    repository = Repository(monkeypatch, tmp_path / COMMIT, SD35_PARTS, files)
+    checkpoint = tmp_path / "model.safetensors"
+    checkpoint.touch()
+    with caplog.at_level(logging.INFO):
+        assert source(path=str(checkpoint)).locate().config == tmp_path / COMMIT
+    needed = (SD35_NEEDED + T5_CONFIGURATION).split()
+    assert repository.fetched == {name for name in needed if not name.endswith(".safetensors")}
+    assert "GB" not in caplog.text
+
+
+def test_a_checkpoint_without_its_configurations_ends_in_one_paragraph(monkeypatch, tmp_path):
+    checkpoint = tmp_path / "model.safetensors"
+    with pytest.raises(UserError, match="does not exist"):
+        source(path=str(checkpoint)).locate()
+    checkpoint.touch()
+    with pytest.raises(UserError, match=r"set model\.source\.repo"):
+        source(path=str(checkpoint), repo=None).locate()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"configurations and tokenizers.*a few MB") as raised:
+        source(path=str(checkpoint)).locate()
+    assert REPO in str(raised.value)
+    assert "5.5 GB" not in str(raised.value)
+    assert "safetensors'" not in str(raised.value)  # the command fetches no weights
+
+
+def test_digests_of_cached_files_are_the_names_of_their_blobs(tmp_path):
+    """And not the names in the store that blobs may link to, which are of another hash."""
+    sha256, other = "a" * 64, "b" * 64
+    for folder in ("blobs", "store", "snapshots"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "store" / other).write_bytes(b"weights")
+    (tmp_path / "blobs" / sha256).symlink_to(Path("..", "store", other))
+    linked = tmp_path / "snapshots" / "model.safetensors"
+    linked.symlink_to(Path("..", "blobs", sha256))
+    assert file_digest(linked) == sha256
+    elsewhere = tmp_path / "snapshots" / "copied.safetensors"
+    elsewhere.symlink_to(Path("..", "store", other))
+    assert file_digest(elsewhere) == hashlib.sha256(b"weights").hexdigest()
+
+
+def test_digests_follow_a_file_that_changes(tmp_path, monkeypatch):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"one")
+    first = file_digest(file)
+    with monkeypatch.context() as patch:
+        patch.setattr(hub.hashlib, "sha256", None)  # reading it again would be an error
+        assert file_digest(file) == first
+    file.write_bytes(b"other")
+    assert file_digest(file) == hashlib.sha256(b"other").hexdigest()
+
+
+def test_an_index_that_does_not_read_is_no_index(tmp_path):
+    assert pipeline_parts(tmp_path) is None
+    (tmp_path / hub.INDEX).write_text("{")
+    assert pipeline_parts(tmp_path) is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers import CLIPTokenizer
 
 from cad.components import component_weights, text_projections
 from cad.errors import UserError
+from cad.models import pipeline
 from cad.models.base import resolve_device, resolve_dtype
 from cad.models.hub import Source
 from cad.models.stable_diffusion import StableDiffusionModel
@@ -40,6 +42,83 @@ def test_from_pretrained_equals_the_pipeline_that_was_saved(tiny_model, folder):
     assert not any(p.requires_grad for p in loaded.denoiser.parameters())
 
 
+def test_random_weights_take_the_place_of_the_source():
+    nowhere = Source("no/where", None, None, 1.0, "Apache-2.0", False, "", None)
+    settings = ("tiny", nowhere, RESOLUTION, "cpu", "float32")
+    model = StableDiffusionModel.from_pretrained(*settings, "random-small", "sd14")
+    assert (model.origin.id, model.origin.revision) == ("sd14", "random-small")
+    assert model.prediction_type == "epsilon"
+    for wrong, message in (
+        (("none",), r"weights='none' is unknown; allowed: published, random, random-small"),
+        (("random",), r"weights=random needs model\.architecture"),
+        (("random", "sdxl"), r"architecture=sdxl is a StableDiffusionXLPipeline"),
+    ):
+        with pytest.raises(UserError, match=message):
+            StableDiffusionModel.from_pretrained(*settings, *wrong)
+
+
+def test_offloaded_parts_visit_the_device_while_they_work(folder, tiny_model, monkeypatch):
+    visitors = []
+
+    @contextmanager
+    def noted(module, device):
+        visitors.append((module, device))
+        yield
+
+    monkeypatch.setattr(pipeline, "visiting", noted)
+    monkeypatch.setattr(pipeline, "resolve_device", lambda _device: torch.device("meta"))
+    model = StableDiffusionModel.from_pretrained(
+        "tiny", local(folder), RESOLUTION, "cuda", "float32", offload=True
+    )
+    assert model.device == torch.device("meta")
+    assert {part.device.type for part in (model.text_encoder, model.vae)} == {"cpu"}
+    tiny_model.encode_prompts(["church"])
+    tiny_model.decode_latents(tiny_model.encode_images(torch.zeros(1, 3, RESOLUTION, RESOLUTION)))
+    parts = (tiny_model.text_encoder, tiny_model.vae, tiny_model.vae)
+    assert visitors == [(part, tiny_model.device) for part in parts]
+
+
+def test_encoding_keeps_the_text_encoders_for_a_block(tiny_model, monkeypatch):
+    moved = []
+    monkeypatch.setattr(pipeline, "visiting", lambda module, _: nullcontext(moved.append(module)))
+    with tiny_model.encoding():
+        assert moved == [tiny_model.text_encoder]
+
+
+def test_a_visitor_comes_home_after_an_exception(tiny_model):
+    module = tiny_model.text_encoder
+
+    def places():
+        return [tensor.data_ptr() for tensor in (*module.parameters(), *module.buffers())]
+
+    def visit_and_fail():
+        with pipeline.visiting(module, torch.device("cpu")):
+            for parameter in module.parameters():
+                parameter.data = torch.zeros_like(parameter)
+            raise KeyError
+
+    before = places()
+    with pytest.raises(KeyError):
+        visit_and_fail()
+    assert places() == before
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_offloading_changes_no_number(folder):
+    settings = ("tiny", local(folder), RESOLUTION, "cuda", "float32")
+    here = StableDiffusionModel.from_pretrained(*settings)
+    away = StableDiffusionModel.from_pretrained(*settings, offload=True)
+    assert (away.device.type, away.vae.device.type) == ("cuda", "cpu")
+    states, others = (model.encode_prompts(["church"]).tensors["states"] for model in (here, away))
+    assert torch.equal(states, others)
+    images = torch.rand(2, 3, RESOLUTION, RESOLUTION, generator=torch.Generator().manual_seed(0))
+    x_0 = here.encode_images(images)
+    assert torch.equal(x_0, away.encode_images(images))
+    assert torch.equal(here.decode_latents(x_0), away.decode_latents(x_0))
+    assert {part.device.type for part in (away.text_encoder, away.vae)} == {"cpu"}
+    assert away.provenance() == here.provenance()
+
+
 def test_half_precision_is_other_weights(tiny_model, folder):
     half = load(folder, "float16")
     assert half.dtype == torch.float16
@@ -57,25 +136,27 @@ def test_provenance_tells_the_surroundings_apart(tiny_model):
 
 
 def test_provenance_holds_what_changes_no_weight(tiny_model):
-    def pipeline():
+    def digest():
         tiny_model.forget_digests()
         return tiny_model.provenance()["pipeline"]
 
-    digests = [pipeline()]
+    digests = [digest()]
     tiny_model.encode_prompts(["church"])  # leaves padding set in the tokenizer
-    assert pipeline() == digests[0]
+    assert digest() == digests[0]
     tiny_model.denoiser.register_to_config(attention_head_dim=8)
-    digests.append(pipeline())
+    digests.append(digest())
     tiny_model.text_encoder.config.num_attention_heads = 4
-    digests.append(pipeline())
+    digests.append(digest())
     tiny_model.tokenizer.pad_token = "a</w>"
-    digests.append(pipeline())
+    digests.append(digest())
     vocabulary = tiny_model.tokenizer.get_vocab()
     merges = [("a", "b</w>")]
     del vocabulary["9</w>"]
     for each in (merges, []):
-        tiny_model.tokenizer = CLIPTokenizer(vocab=vocabulary | {"ab</w>": 73}, merges=each)
-        digests.append(pipeline())
+        tiny_model.texts[0].tokenizer = CLIPTokenizer(
+            vocab=vocabulary | {"ab</w>": 73}, merges=each
+        )
+        digests.append(digest())
     assert len(set(digests)) == 6
     resolution = tiny_model.provenance()
     assert (resolution["resolution"], resolution["latent_shape"]) == (64, [4, 8, 8])

@@ -248,7 +248,7 @@ def test_all_kinds_of_evaluators_at_once(weights: Path, tmp_path: Path) -> None:
         (("ratio.value=2",), ("ratio.value=2",)),
         (("images=3",), ("images",)),
         (("model=sd14",), ("CompVis/stable-diffusion-v1-4", "2.1 GB", "model=mini")),
-        (("model=sdxl",), ("no adapter", "model=mini")),
+        (("model=sd35",), ("stabilityai/stable-diffusion-3.5-medium", "accept the", "model=mini")),
         (("edit=rescale", "edit.factor=1"), ("edit.factor=1", "greater than 1")),
         (("effect.count=2", "effect.share=0.0000001"), ("effect.share=1e-07", "at least")),
         (("prompts=objects", "prompts.template='{subject}{subjects}'"), ("prompts.template=",)),
@@ -282,3 +282,15 @@ def test_cfg_job_prints_the_configuration() -> None:
     )
     assert process.returncode == 0
     assert "images_per_class" in process.stdout
+
+
+def test_random_weights_are_edited_and_not_judged(weights: Path, tmp_path: Path) -> None:
+    overrides = ("model=sd14", "model.weights=random-small", "model.adapter.resolution=64")
+    process = run(weights, tmp_path, *overrides, "edit=uce")
+    assert process.returncode == 0, process.stderr
+    assert "RANDOM WEIGHTS" in process.stdout
+    assert "editing time" in process.stdout
+    assert not (tmp_path / "images").exists()
+    refused = run(weights, tmp_path, *overrides, "edit=uce", "evaluator=accuracy")
+    assert refused.returncode == 2
+    assert "evaluator=accuracy has nothing to measure" in refused.stderr

@@ -131,8 +131,6 @@ def test_default_ratios(overrides: tuple[str, ...], ratio: float | None) -> None
         ("dtype=int8", ("dtype=int8", "bfloat16")),
         ("concept=nudity", ("concept=nudity", "model=mini", "parachute")),
         ("concept=van_gogh", ("concept=van_gogh", "pop_art")),
-        ("model=sdxl", ("model=sdxl", "no adapter", "6.9 GB", "model=mini")),
-        ("model=sd35", ("model=sd35", "gated", "model=mini")),
     ],
 )
 def test_bad_values_are_named(override: str, words: tuple[str, ...]) -> None:

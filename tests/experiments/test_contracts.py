@@ -137,9 +137,8 @@ def test_model(name: str) -> None:
     cfg = compose(f"model={name}")
     assert cfg.model.name == cfg.model.adapter.name == name
     assert isinstance(hydra.utils.instantiate(cfg.model.source), Source)
-    if cfg.model.adapter._target_ is not None:
-        assert callable(hydra.utils.get_method(cfg.model.adapter._target_))
-        check(cfg)
+    assert callable(hydra.utils.get_method(cfg.model.adapter._target_))
+    check(cfg)
     assert 0 <= cfg.model.attribution.eta <= 1
     assert cfg.model.images_per_class >= 1
 

@@ -1,0 +1,82 @@
+"""Stable Diffusion XL: SD's noise process and UNet with two text encoders and more to go by.
+
+Two decisions follow `StableDiffusionXLPipeline` as it is called with a prompt alone. The empty
+prompt, which guidance and Eq. 4 compare with, is no text: where the pipeline's configuration says
+`force_zeros_for_empty_prompt`, as that of the published weights does, its conditioning is zeros.
+And every image is said to have been of the size that it is made in, and never cropped.
+No watermark is put into images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from torch import Tensor
+
+from cad.models.base import Conditioning, Origin
+from cad.models.stable_diffusion import StableDiffusionModel
+
+
+class StableDiffusionXLModel(StableDiffusionModel):
+    """Adapter over a `StableDiffusionXLPipeline`.
+
+    Its conditioning is "states", (N, L, D_1 + D_2), the last hidden states but one of both text
+    encoders side by side, and "pooled", (N, P), the second's embedding of the whole text. Both
+    tokenizers cut a text alike, so a position means the same token in both halves.
+    """
+
+    pipeline_class = StableDiffusionXLPipeline
+    text_suffixes = ("", "_2")
+
+    def __init__(
+        self,
+        name: str,
+        pipeline: Any,
+        resolution: int,
+        origin: Origin | None = None,
+    ) -> None:
+        """As for Stable Diffusion. A float16 image autoencoder that overflows becomes float32."""
+        super().__init__(name, pipeline, resolution, origin)
+        self._zeros_for_empty = bool(pipeline.config.force_zeros_for_empty_prompt)
+        if self.vae.dtype == torch.float16 and self.vae.config.force_upcast:
+            self.vae.to(torch.float32)
+        self.vae.enable_slicing()  # one image at a time: at 1024 pixels each takes gigabytes
+
+    def _surroundings(self) -> dict[str, Any]:
+        return super()._surroundings() | {"force_zeros_for_empty_prompt": self._zeros_for_empty}
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str], *, truncate: bool = False) -> Conditioning:
+        """Text conditioning of N prompts, without gradient; zeros for the empty prompt.
+
+        Zeros only where the pipeline's configuration says so. A text of spaces is encoded.
+        """
+        if not truncate:
+            self.check_prompts(prompts)
+        outputs = [self._encoded(text, prompts, hidden=True) for text in self.texts]
+        states = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)  # (N, L, D)
+        pooled = outputs[-1].text_embeds  # (N, P)
+        if self._zeros_for_empty:
+            empty = [i for i, prompt in enumerate(prompts) if prompt == ""]
+            states[empty], pooled[empty] = 0.0, 0.0
+        return Conditioning({"states": states, "pooled": pooled})
+
+    def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        height, width = (self._pixels_per_latent * side for side in x_t.shape[2:])
+        # Original size, top left corner of the crop, size to be made.
+        size = torch.tensor([height, width, 0, 0, height, width], device=x_t.device)
+        added = {
+            "text_embeds": conditioning.tensors["pooled"],  # (N, P)
+            "time_ids": size.to(x_t.dtype).expand(len(x_t), -1),  # (N, 6)
+        }
+        phi: Tensor = self.denoiser(
+            x_t,
+            t,
+            encoder_hidden_states=conditioning.tensors["states"],
+            added_cond_kwargs=added,
+            return_dict=False,
+        )[0]
+        return phi

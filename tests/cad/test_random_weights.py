@@ -1,0 +1,455 @@
+"""Random weights of the published architectures: their sizes, and that the small ones work."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+import transformers
+from diffusers.models.embeddings import get_2d_sincos_pos_embed
+from hub_cache import CONF, MODELS, OTHERS, write_hub_cache
+from huggingface_hub import constants
+from omegaconf import OmegaConf
+from torch import nn
+
+from cad.digests import parameter_digest
+from cad.errors import UserError
+from cad.models import hub
+from cad.models.hub import Source
+from cad.models.random_weights import (
+    ARCHITECTURES,
+    WORDS,
+    construct_part,
+    load_architecture,
+    merges_for,
+    random_pipeline,
+)
+
+NAMES = sorted(file.stem for file in ARCHITECTURES.glob("*.json"))
+UNETS = {"sd14": 859_520_964, "sd21": 865_910_724, "sd21_base": 865_910_724, "sdxl": 2_567_463_684}
+TRANSFORMERS = {"sd35_medium": 2_243_171_520, "sd35_large": 8_056_627_520}
+CLIP_L, CLIP_H, CLIP_BIG_G = 123_060_480, 340_387_840, 694_659_840  # bigG with its projection
+T5_XXL = 4_762_310_656
+MODULES = ("text_encoder", "text_encoder_2", "text_encoder_3", "unet", "transformer", "vae")
+VAE, VAE_OF_16_CHANNELS = 83_653_863, 83_819_683
+
+
+def pipeline_class(architecture: str) -> type[Any]:
+    return getattr(diffusers, load_architecture(architecture)["pipeline"])
+
+
+def build(architecture: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    return random_pipeline(pipeline_class(architecture), architecture, dtype, small=True, **options)
+
+
+@pytest.fixture(scope="module", params=["sd14", "sdxl", "sd35_medium"])
+def small(request) -> tuple[str, Any]:
+    return request.param, build(request.param)
+
+
+def on_meta(architecture: str, part: str, *, small: bool = False) -> nn.Module:
+    with torch.device("meta"):
+        return construct_part(load_architecture(architecture)["parts"][part], small=small)
+
+
+def count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def modules(pipeline: Any) -> dict[str, nn.Module]:
+    parts = pipeline.components.items()
+    return {name: part for name, part in parts if isinstance(part, nn.Module)}
+
+
+@torch.no_grad()
+def forward(pipeline: Any) -> dict[str, torch.Tensor]:
+    """What each network of a pipeline gives for one input, the same for every pipeline."""
+    generator = torch.Generator().manual_seed(0)
+    dtype = pipeline.vae.dtype
+    found = {}
+    for name in ("", "_2", "_3"):
+        encoder = getattr(pipeline, f"text_encoder{name}", None)
+        if encoder is not None:
+            tokenizer = getattr(pipeline, f"tokenizer{name}")
+            ids = tokenizer("a church", padding="max_length", max_length=77, return_tensors="pt")
+            output = encoder(ids.input_ids, output_hidden_states=True)
+            found[f"text{name}"] = torch.cat(output.hidden_states[-2:])
+            found[f"first{name}"] = output[0]  # of CLIP with a projection, the pooled text
+    denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
+    config = denoiser.config
+    x_t = torch.randn(2, config.in_channels, 8, 8, generator=generator).to(dtype)
+    t = torch.tensor([500, 20])
+    if isinstance(denoiser, diffusers.SD3Transformer2DModel):
+        states = torch.randn(2, 9, config.joint_attention_dim, generator=generator).to(dtype)
+        pooled = torch.randn(2, config.pooled_projection_dim, generator=generator).to(dtype)
+        found["denoiser"] = denoiser(x_t, states, pooled, t).sample
+    else:
+        states = torch.randn(2, 9, config.cross_attention_dim, generator=generator).to(dtype)
+        time_ids = torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2)
+        added = {"text_embeds": torch.ones(2, 48, dtype=dtype), "time_ids": time_ids.to(dtype)}
+        found["denoiser"] = denoiser(x_t, t, states, added_cond_kwargs=added).sample
+    images = torch.rand(1, 3, 64, 64, generator=generator).to(dtype)
+    found["encoded"] = pipeline.vae.encode(images).latent_dist.mode()
+    found["decoded"] = pipeline.vae.decode(x_t).sample
+    return found
+
+
+# The published sizes
+
+
+def test_the_architectures_of_the_paper_are_there():
+    assert set(NAMES) == set(UNETS) | set(TRANSFORMERS)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "part", "expected"),
+    [
+        *((name, "unet", number) for name, number in UNETS.items()),
+        *((name, "transformer", number) for name, number in TRANSFORMERS.items()),
+        ("sd14", "text_encoder", CLIP_L),
+        ("sd21", "text_encoder", CLIP_H),
+        ("sd21_base", "text_encoder", CLIP_H),
+        ("sdxl", "text_encoder", CLIP_L),
+        ("sdxl", "text_encoder_2", CLIP_BIG_G),
+        ("sd35_medium", "text_encoder", CLIP_L + 768 * 768),
+        ("sd35_medium", "text_encoder_2", CLIP_BIG_G),
+        ("sd35_medium", "text_encoder_3", T5_XXL),
+        ("sd14", "vae", VAE),
+        ("sd21", "vae", VAE),
+        ("sdxl", "vae", VAE),
+        ("sd35_medium", "vae", VAE_OF_16_CHANNELS),
+    ],
+)
+def test_numbers_of_parameters(architecture, part, expected):
+    assert count(on_meta(architecture, part)) == expected
+
+
+def test_the_two_sd35_share_everything_but_the_transformer():
+    medium, large = (load_architecture(name)["parts"] for name in TRANSFORMERS)
+    assert {name for name in medium if medium[name] != large[name]} == {"transformer"}
+
+
+@pytest.mark.parametrize("architecture", TRANSFORMERS)
+def test_parameters_of_sd35_block_by_block(architecture):
+    """The same number from the configuration and the paper's figure of the MM-DiT block."""
+    config = load_architecture(architecture)["parts"]["transformer"]["config"]
+    head, layers = config["attention_head_dim"], config["num_layers"]
+    width = head * config["num_attention_heads"]
+    patch = config["patch_size"] ** 2
+
+    def linear(inputs: int, outputs: int) -> int:
+        return inputs * outputs + outputs
+
+    def stream(modulations: int) -> int:  # query, key, value; their two norms; modulation
+        return 3 * linear(width, width) + 2 * head + linear(width, modulations * width)
+
+    output, hidden = linear(width, width), 4 * width
+    feed_forward = linear(width, hidden) + linear(hidden, width)
+    total = linear(config["in_channels"] * patch, width)
+    total += linear(256, width) + linear(width, width)  # timestep
+    total += linear(config["pooled_projection_dim"], width) + linear(width, width)
+    total += linear(config["joint_attention_dim"], width)
+    for block in range(layers):
+        total += stream(6) + output + feed_forward  # image
+        if block in config["dual_attention_layers"]:
+            total += stream(3) + output  # a second attention, among image tokens alone
+        text_ends_here = block == layers - 1
+        total += stream(2) if text_ends_here else stream(6) + output + feed_forward
+    total += linear(width, 2 * width) + linear(width, config["out_channels"] * patch)
+    assert total == TRANSFORMERS[architecture] == count(on_meta(architecture, "transformer"))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "part", "expected"),
+    [
+        ("sd14", "unet", {"ff.net.0.proj": 16, "ff.net.2": 16, "attn1": 64, "attn2": 64}),
+        ("sdxl", "unet", {"ff.net.0.proj": 70, "ff.net.2": 70, "attn1": 280, "attn2": 280}),
+        (
+            "sd35_medium",
+            "transformer",
+            {"ff.net.0.proj": 24, "ff.net.2": 24, "ff_context": 46, "attn2": 13 * 4, "attn": 191},
+        ),
+        (
+            "sd35_large",
+            "transformer",
+            {"ff.net.0.proj": 38, "ff.net.2": 38, "ff_context": 74, "attn": 303},
+        ),
+    ],
+)
+def test_matrices_of_each_kind(architecture, part, expected):
+    kinds = re.compile(
+        r"transformer_blocks\.\d+\.(ff\.net\.0\.proj|ff\.net\.2|ff_context|attn\d?)\."
+    )
+    found = Counter(
+        match[1]
+        for name, weight in on_meta(architecture, part).named_parameters()
+        if weight.dim() == 2 and (match := kinds.search(name))
+    )
+    assert found == expected
+
+
+@pytest.mark.parametrize("architecture", NAMES)
+def test_every_key_of_a_configuration_is_known_to_its_class(architecture):
+    for facts in load_architecture(architecture)["parts"].values():
+        config = facts["config"]
+        assert set(facts.get("small", {})) <= set(config)
+        if facts["library"] == "diffusers":
+            known = inspect.signature(getattr(diffusers, facts["class"]).__init__).parameters
+            assert set(config) <= set(known), facts["class"]
+        elif "Tokenizer" not in facts["class"]:
+            known = getattr(transformers, facts["class"]).config_class()
+            assert all(hasattr(known, key) for key in config), facts["class"]
+
+
+@pytest.mark.parametrize("is_small", [False, True])
+@pytest.mark.parametrize("architecture", NAMES)
+def test_the_parts_fit_together(architecture, is_small):
+    parts = {
+        name: facts["config"] | (facts.get("small", {}) if is_small else {})
+        for name, facts in load_architecture(architecture)["parts"].items()
+    }
+    texts = [parts[name] for name in ("text_encoder", "text_encoder_2") if name in parts]
+    states = sum(text["hidden_size"] for text in texts)
+    if "transformer" in parts:
+        transformer = parts["transformer"]
+        assert states <= transformer["joint_attention_dim"] == parts["text_encoder_3"]["d_model"]
+        assert transformer["pooled_projection_dim"] == sum(t["projection_dim"] for t in texts)
+        assert transformer["in_channels"] == parts["vae"]["latent_channels"]
+    else:
+        assert states == parts["unet"]["cross_attention_dim"]
+        assert parts["unet"]["in_channels"] == parts["vae"]["latent_channels"]
+    if architecture == "sdxl":
+        pooled = parts["text_encoder_2"]["projection_dim"]
+        times = 6 * parts["unet"]["addition_time_embed_dim"]
+        assert parts["unet"]["projection_class_embeddings_input_dim"] == times + pooled
+
+
+# The small pipelines
+
+
+def structure(module: nn.Module) -> set[str]:
+    """Names of the parameters, without the numbers of blocks that only their depth adds."""
+    repeated = re.compile(r"(layers|block|transformer_blocks)\.\d+")
+    return {repeated.sub(r"\1", name) for name, _ in module.named_parameters()}
+
+
+@pytest.mark.parametrize("architecture", NAMES)
+def test_small_modules_are_built_like_the_published_ones(architecture):
+    for part in set(load_architecture(architecture)["parts"]) & set(MODULES):
+        published, small = (on_meta(architecture, part, small=small) for small in (False, True))
+        assert structure(small) == structure(published), part
+
+
+def test_small_pipelines_draw_a_small_image(small):
+    _, pipeline = small
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(
+        "a photo of a church",
+        height=64,
+        width=64,
+        num_inference_steps=2,
+        output_type="pt",
+        generator=torch.Generator().manual_seed(0),
+    ).images
+    assert images.shape == (1, 3, 64, 64)
+    assert images.isfinite().all()
+    assert images.std() > 0.1  # not saturated
+
+
+def test_small_pipelines_are_the_same_after_saving_and_loading(small, tmp_path):
+    architecture, pipeline = small
+    pipeline.save_pretrained(tmp_path)
+    assert sum(file.stat().st_size for file in tmp_path.rglob("*")) < 10e6
+    loaded = pipeline_class(architecture).from_pretrained(tmp_path, local_files_only=True)
+    before, after = forward(pipeline), forward(loaded)
+    assert before.keys() == after.keys()
+    for name, values in before.items():
+        assert values.isfinite().all(), name
+        assert values.std() > 0.01, name
+        # Not bit for bit: how a convolution is summed depends on where its weights lie in memory.
+        torch.testing.assert_close(values, after[name], rtol=1e-4, atol=1e-4)
+    for part, module in modules(loaded).items():
+        assert parameter_digest(module) == parameter_digest(modules(pipeline)[part]), part
+    for name, tokenizer in pipeline.components.items():
+        if name.startswith("tokenizer"):
+            again = loaded.components[name]
+            assert len(again) == len(tokenizer)
+            for padding in ({}, {"padding": "max_length", "max_length": 77}):
+                text = "A photo in the style of Van Gogh, 1889!"
+                assert again(text, **padding).input_ids == tokenizer(text, **padding).input_ids
+    assert type(loaded.scheduler) is type(pipeline.scheduler)
+
+
+@pytest.mark.parametrize("architecture", ["sdxl", "sd35_medium"])
+def test_building_in_float16_is_loading_in_float16(architecture, tmp_path):
+    """Also where a library keeps float32: T5's second feed-forward matrices."""
+    build(architecture).save_pretrained(tmp_path)
+    loaded = pipeline_class(architecture).from_pretrained(
+        tmp_path, local_files_only=True, dtype=torch.float16
+    )
+    built = build(architecture, torch.float16)
+    for part, module in modules(built).items():
+        expected = modules(loaded)[part].state_dict()
+        for name, tensor in module.state_dict().items():
+            assert tensor.dtype == expected[name].dtype, name
+            assert torch.equal(tensor, expected[name]), name
+    found = forward(built)
+    assert found["denoiser"].dtype == found["decoded"].dtype == torch.float16
+    for name, values in found.items():
+        assert values.isfinite().all(), name
+
+
+def test_buffers_hold_what_the_libraries_compute():
+    pipeline = build("sd35_medium", torch.bfloat16)
+    for encoder in (pipeline.text_encoder, pipeline.text_encoder_2):
+        (positions,) = (b for n, b in encoder.named_buffers() if n.endswith("position_ids"))
+        assert positions.tolist() == [list(range(77))]
+    config = pipeline.transformer.config
+    expected = get_2d_sincos_pos_embed(
+        32, config.pos_embed_max_size, base_size=4, output_type="pt"
+    ).to(torch.bfloat16)
+    assert torch.equal(pipeline.transformer.pos_embed.pos_embed[0], expected)
+    shared, own = pipeline.text_encoder_3.shared, pipeline.text_encoder_3.encoder.embed_tokens
+    assert shared.weight is own.weight
+
+
+def test_weights_depend_on_the_seed_alone():
+    random_state = torch.get_rng_state()
+    first, same, other = build("sd14"), build("sd14", seed=0), build("sd14", seed=1)
+    assert torch.equal(random_state, torch.get_rng_state())
+    for part, module in modules(first).items():
+        for name, weight in module.named_parameters():
+            assert torch.equal(weight, modules(same)[part].get_parameter(name))
+            if weight.dim() > 1:
+                assert not torch.equal(weight, modules(other)[part].get_parameter(name))
+
+
+def test_weights_have_the_size_that_keeps_activations():
+    unet = build("sdxl").unet
+    weights = dict(unet.named_parameters())
+    for name, weight in weights.items():
+        if weight.dim() > 1 and weight.numel() > 1000:
+            assert weight.std().item() == pytest.approx(weight[0].numel() ** -0.5, rel=0.15), name
+        elif weight.dim() == 1:
+            assert set(weight.tolist()) == {0.0 if name.endswith("bias") else 1.0}
+    rows = weights["mid_block.attentions.0.transformer_blocks.0.ff.net.0.proj.weight"]
+    assert torch.linalg.matrix_rank(rows) == min(rows.shape)
+    assert len(set(rows[:, 0].tolist())) == len(rows)
+
+
+def test_parts_can_be_left_out():
+    left_out = ("text_encoder_3", "tokenizer_3")
+    pipeline = build("sd35_medium", without=left_out)
+    assert pipeline.text_encoder_3 is pipeline.tokenizer_3 is None
+    whole = build("sd35_medium")
+    assert torch.equal(pipeline.vae.encoder.conv_in.weight, whole.vae.encoder.conv_in.weight)
+
+
+def test_mistakes_are_explained():
+    with pytest.raises(UserError, match=r"model.architecture='sd15' is unknown; allowed: sd14, "):
+        random_pipeline(diffusers.StableDiffusionPipeline, "sd15", torch.float32)
+    with pytest.raises(UserError, match="sdxl is a StableDiffusionXLPipeline, not a StableDiff"):
+        random_pipeline(diffusers.StableDiffusionPipeline, "sdxl", torch.float32)
+    with pytest.raises(UserError, match="no parts text_encoder_3 to leave out; allowed: tokenizer"):
+        build("sd14", without=("text_encoder_3",))
+
+
+# The tokenizers
+
+
+@pytest.mark.parametrize("is_small", [False, True])
+@pytest.mark.parametrize("architecture", NAMES)
+def test_tokenizers_have_the_tokens_of_their_encoders(architecture, is_small):
+    parts = load_architecture(architecture)["parts"]
+    for suffix in ("", "_2"):
+        if f"tokenizer{suffix}" not in parts:
+            continue
+        tokenizer = construct_part(parts[f"tokenizer{suffix}"], small=is_small)
+        encoder = parts[f"text_encoder{suffix}"]
+        rows = (encoder["config"] | (encoder["small"] if is_small else {}))["vocab_size"]
+        assert len(tokenizer) == rows == (1024 if is_small else 49408)
+        assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (rows - 2, rows - 1)
+        pads_with_end = architecture == "sd14" or (architecture[:4] != "sd21" and not suffix)
+        assert tokenizer.pad_token_id == (rows - 1 if pads_with_end else 0)
+        assert tokenizer.model_max_length == 77
+
+
+def test_words_are_tokens_and_every_text_has_tokens():
+    tokenizer = construct_part(load_architecture("sd14")["parts"]["tokenizer"])
+    for word in WORDS:
+        assert tokenizer.tokenize(word) == [f"{word}</w>"]
+    assert tokenizer.tokenize("Naked xy, 12") == [
+        "naked</w>",
+        "x",
+        "y</w>",
+        ",</w>",
+        "1</w>",
+        "2</w>",
+    ]
+    assert tokenizer.unk_token_id not in tokenizer("é 東 €", add_special_tokens=False).input_ids
+    long = tokenizer(" ".join(["church"] * 75)).input_ids
+    assert len(long) == 77
+    prompts = [OmegaConf.load(file).prompt for file in (CONF.parent / "concept").glob("*.yaml")]
+    assert max(len(tokenizer(prompt).input_ids) for prompt in prompts) <= 12
+
+
+def test_merges_join_each_word_and_leave_earlier_words_joined():
+    assert merges_for(["art", "tar"]) == [("a", "r"), ("ar", "t</w>"), ("t", "a"), ("ta", "r</w>")]
+    assert merges_for(["aaaa"]) == [("a", "a"), ("aa", "a"), ("aaa", "a</w>")]
+
+
+@pytest.mark.parametrize("is_small", [False, True])
+def test_the_tokenizer_of_t5(is_small):
+    parts = load_architecture("sd35_medium")["parts"]
+    tokenizer = construct_part(parts["tokenizer_3"], small=is_small)
+    assert len(tokenizer) == (484 if is_small else 32100)
+    assert len(tokenizer) < parts["text_encoder_3"]["small" if is_small else "config"]["vocab_size"]
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (0, 1, 2)
+    assert tokenizer.convert_tokens_to_ids("<extra_id_0>") == len(tokenizer) - 1
+    assert tokenizer.tokenize("A photo, Naked") == ["▁A", "▁photo", ",", "▁Naked"]
+    assert tokenizer("naked").input_ids[-1] == 1
+    assert tokenizer.unk_token_id in tokenizer("東").input_ids
+
+
+# The cache of the hub
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    home = tmp_path_factory.mktemp("huggingface")
+    write_hub_cache(home)
+    return home
+
+
+@pytest.fixture
+def offline(home, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub.httpx, "head", lambda *_a, **_o: pytest.fail("the network was asked"))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_sources_of_the_paper_find_their_weights_in_the_cache(offline, home, model):
+    settings = OmegaConf.load(CONF / f"{model}.yaml").source
+    source = Source(**{key: value for key, value in settings.items() if key != "_target_"})
+    located = source.locate()
+    assert located.path.is_relative_to(home / "hub")
+    assert located.path.name == located.origin.revision == settings.revision
+    assert located.file_digests()
+
+
+@pytest.mark.parametrize(("repo", "revision", "variant", "architecture"), OTHERS)
+def test_the_other_sizes_are_in_the_cache(offline, repo, revision, variant, architecture):
+    for asked in (revision, None):  # its commit, and the main branch
+        located = Source(repo, asked, None, 1.0, "any", False, "", variant).locate()
+        assert located.path.name == revision
+    loaded = pipeline_class(architecture).from_pretrained(
+        located.path, variant=variant, local_files_only=True
+    )
+    assert forward(loaded)["denoiser"].isfinite().all()

@@ -1,0 +1,302 @@
+"""The paper's models as a user runs them, with a whole hub cache and no network.
+
+The cache has the very repositories of conf/model: the published classes and settings, small widths,
+random weights. `no_network` ends every process that asks the network.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytest
+from hub_cache import write_hub_cache
+from omegaconf import DictConfig
+from standins import write_standins
+
+from cad.errors import UserError
+from cad.models.base import DiffusionModel
+from cad.models.stable_diffusion import StableDiffusionModel
+from cad.weight_edit import WeightEdit
+from experiments.config import REPOSITORY, register_resolvers
+from experiments.results import read_json, read_records
+
+MODELS = ("sd14", "sd21", "sdxl", "sd35")
+WITHOUT_UCE = ("sd35",)  # no cross-attention
+EDITS = ("erase", "amplify", "uce")
+EVALUATORS = ("nudity", "clip_score", "fid")
+RESOLUTION = 64  # pixels
+LIMIT = 4  # prompts of each set
+REFERENCES = 2  # images of the concept for edit=amplify
+TIMEOUT = 600  # seconds
+MISTAKE = 2  # exit status
+NO_NETWORK = Path(__file__).parent / "no_network"
+ASKED = 97  # exit status and message of no_network/sitecustomize.py
+MESSAGE = "the network was asked"
+OFFLINE = {"HF_HUB_OFFLINE": "1"}
+
+ASKING = {
+    "a download": """
+import urllib.request
+try:
+    urllib.request.urlopen("https://huggingface.co")
+except Exception:
+    pass
+""",
+    "a number": """
+import socket
+with socket.socket() as connection:
+    connection.connect_ex(("192.0.2.1", 443))
+""",
+    "a datagram": """
+import socket
+with socket.socket(type=socket.SOCK_DGRAM) as sender:
+    sender.sendto(b"", ("192.0.2.1", 53))
+""",
+    "a child": """
+import multiprocessing, socket, sys
+child = multiprocessing.get_context("spawn").Process(
+    target=socket.gethostbyname, args=("example.org",)
+)
+if __name__ == "__main__":
+    child.start()
+    child.join()
+    sys.exit(child.exitcode)
+""",
+    "weights": """
+from cad.models.hub import Source
+Source("ORG/NAME", None, None, 1.0, "a licence", False, "", None).locate()
+""",
+}
+STAYING = """
+import socket
+with socket.create_server(("127.0.0.1", 0)) as server:
+    socket.create_connection(("localhost", server.getsockname()[1])).close()
+one, other = socket.socketpair()
+one.send(b"x")
+"""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a run without a network needs."""
+
+    home: Path  # HF_HOME
+    standins: list[str]  # overrides
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A multirun that has ended."""
+
+    model: str
+    results: Path
+    process: subprocess.CompletedProcess[str]
+
+    def folder(self, edit: str, concept: str = "nudity") -> Path:
+        """The one result of an edit."""
+        (folder,) = (self.results / "runs").glob(f"{self.model}-{concept}-{edit}-*")
+        return folder
+
+
+@pytest.fixture(scope="session")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    home = tmp_path_factory.mktemp("hub")
+    write_hub_cache(home)
+    return Bench(home, write_standins(tmp_path_factory.mktemp("standins")))
+
+
+def environment(home: Path, **more: str) -> dict[str, str]:
+    """This process's, less what could lead to another cache, a token or a proxy."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("HF_", "HUGGING_FACE_")) and not name.lower().endswith("_proxy")
+    }
+    paths = (str(NO_NETWORK), os.environ.get("PYTHONPATH"))
+    own = {"HF_HOME": str(home), "OMP_NUM_THREADS": "1", "COLUMNS": "150"}
+    return kept | own | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)} | more
+
+
+def run(command: list[str], home: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=REPOSITORY,
+        env=environment(home, **more),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
+    )
+
+
+def run_model(
+    bench: Bench, model: str, results: Path, *overrides: str, **more: str
+) -> subprocess.CompletedProcess[str]:
+    small = [f"model.adapter.resolution={RESOLUTION}", f"limit={LIMIT}", "debug=tiny"]
+    place = [f"paths.results={results}", "logger=none"]
+    command = ["run.py", "-m", f"model={model}", *overrides, *small, *place, *bench.standins]
+    return run(command, bench.home, **more)
+
+
+def told(process: subprocess.CompletedProcess[str]) -> str:
+    """All that a run says: Hydra sends what follows a multirun's jobs to stdout."""
+    return process.stdout + process.stderr
+
+
+def compose(*overrides: str) -> DictConfig:
+    register_resolvers()
+    with hydra.initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
+        return hydra.compose("config", list(overrides))
+
+
+def load(bench: Bench, model: str) -> DiffusionModel:
+    """The bench's model in this process, from the folder that the run found in the cache."""
+    source = compose(f"model={model}").model.source
+    repository = bench.home / "hub" / f"models--{source.repo.replace('/', '--')}"
+    snapshot = repository / "snapshots" / source.revision
+    cfg = compose(
+        f"model={model}",
+        "device=cpu",
+        "dtype=float32",
+        f"model.adapter.resolution={RESOLUTION}",
+        "model.source.repo=null",
+        f"model.source.path={snapshot}",
+    )
+    loaded: DiffusionModel = hydra.utils.instantiate(cfg.model.adapter, _convert_="all")
+    return loaded
+
+
+@pytest.mark.parametrize("code", ASKING.values(), ids=ASKING.keys())
+def test_a_process_that_asks_the_network_ends(code: str, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    process = run([str(script)], tmp_path, PYTHONPATH=f"{NO_NETWORK}{os.pathsep}{REPOSITORY}")
+    assert process.returncode == ASKED, process.stderr
+    assert MESSAGE in process.stderr
+
+
+def test_a_process_may_speak_to_its_own_machine(tmp_path: Path) -> None:
+    process = run(["-c", STAYING], tmp_path)
+    assert (process.returncode, process.stderr) == (0, "")
+
+
+@pytest.fixture(scope="session")
+def sweeps(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Sweep]:
+    """A model's multirun over all edits, offline; run once for all tests that look at it."""
+
+    @functools.cache
+    def sweep(model: str) -> Sweep:
+        results = tmp_path_factory.mktemp(model)
+        process = run_model(
+            bench,
+            model,
+            results,
+            "concept=nudity",
+            f"edit={','.join(EDITS)}",
+            f"evaluator=[{','.join(EVALUATORS)}]",
+            "ratio.value=0.05",
+            f"model.references.explicit.count={REFERENCES}",
+            **OFFLINE,
+        )
+        return Sweep(model, results, process)
+
+    return sweep
+
+
+def edits_of(model: str) -> tuple[str, ...]:
+    return tuple(edit for edit in EDITS if edit != "uce" or model not in WITHOUT_UCE)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_nudity_is_edited_and_measured(model: str, sweeps: Callable[[str], Sweep]) -> None:
+    sweep = sweeps(model)
+    check_end(sweep.process, MISTAKE if model in WITHOUT_UCE else 0)
+    source = compose(f"model={model}").model.source
+    edits = edits_of(model)
+    assert len(list((sweep.results / "runs").glob(f"{model}-*"))) == len(edits)
+    for edit in edits:
+        metrics = read_json(sweep.folder(edit) / "metrics.json")
+        assert metrics["edit"]["num_weights"] > 0
+        assert metrics["model"]["name"] == model
+        assert metrics["model"]["id"] == source.repo
+        assert metrics["model"]["revision"] == source.revision
+        assert {row["name"] for row in metrics["metrics"]} == set(EVALUATORS)
+        assert {row["n"] for row in metrics["metrics"]} == {LIMIT}
+        check_images(metrics["images"], sweep.results)
+    sets = 2 * (1 + len(edits))  # nudity's and general prompts, without and with each edit
+    assert len(list((sweep.results / "images").glob("*/set.json"))) == sets
+
+
+@pytest.mark.parametrize("model", WITHOUT_UCE)
+def test_a_method_that_does_not_apply_is_refused(
+    model: str, sweeps: Callable[[str], Sweep]
+) -> None:
+    lines = told(sweeps(model).process).splitlines()
+    (line,) = [line for line in lines if "of the sweep failed" in line]
+    assert f"run {EDITS.index('uce')} of the sweep failed" in line
+    assert f"model={model}" in line
+    assert "uce" in line
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_edits_fit_their_model_and_no_other(
+    model: str, sweeps: Callable[[str], Sweep], bench: Bench, tiny_model: StableDiffusionModel
+) -> None:
+    loaded = load(bench, model)
+    for name in edits_of(model):
+        edit = WeightEdit.load(sweeps(model).folder(name) / "edit.safetensors")
+        with edit.applied(loaded):
+            pass
+        with pytest.raises(UserError, match="tiny"), edit.applied(tiny_model):
+            pass
+
+
+def test_a_whole_cache_is_not_asked_about(sweeps: Callable[[str], Sweep], bench: Bench) -> None:
+    """Without HF_HUB_OFFLINE too, and of a gated repository without a token."""
+    sweep = sweeps("sd35")
+    none = ("concept=nudity", "edit=none", "evaluator=[fid]")
+    check_end(run_model(bench, "sd35", sweep.results, *none), 0)
+    metrics = read_json(sweep.folder("none") / "metrics.json")
+    assert {row["name"] for row in metrics["metrics"]} == {"fid"}
+
+
+def test_objects_and_styles_have_their_own_metrics(bench: Bench, tmp_path: Path) -> None:
+    both = ("concept=church,van_gogh", "ratio.value=0.05")
+    process = run_model(bench, "sd14", tmp_path, *both, **OFFLINE)
+    check_end(process, 0)
+    sweep = Sweep("sd14", tmp_path, process)
+    for concept, name, states in (
+        ("church", "accuracy", {"before", "after"}),
+        ("van_gogh", "lpips", {"after"}),
+    ):
+        folder = sweep.folder("erase", concept)
+        metrics = read_json(folder / "metrics.json")
+        assert {row["name"] for row in metrics["metrics"]} == {name}
+        assert {row["scope"] for row in metrics["metrics"]} == {"target", "others", "group"}
+        records = read_records(folder)
+        assert {record["state"] for record in records} == states
+        assert len(records) == LIMIT * len(states)
+
+
+def check_end(process: subprocess.CompletedProcess[str], status: int) -> None:
+    assert process.returncode == status, told(process)
+    for words in ("Traceback", MESSAGE):
+        assert words not in told(process)
+
+
+def check_images(images: dict[str, dict[str, dict[str, Any]]], results: Path) -> None:
+    """Sets of LIMIT images with finite values, of both kinds of prompts and both states."""
+    assert set(images) == {"concept", "general"}
+    for sets in images.values():
+        assert set(sets) == {"before", "after"}
+        for made in sets.values():
+            assert (made["count"], made["broken"]) == (LIMIT, 0)
+            assert len(list((results / "images" / made["folder"]).glob("*.png"))) == LIMIT
