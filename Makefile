@@ -7,16 +7,38 @@ READY  := $(VENV)/.ready
 DEV    := $(VENV)/.ready-dev
 ARGS   ?=
 
+TABLES := $(addprefix table,1 2 3 4 5 6 7 8 9 10 11 12 13 14)
+TABLE_OPTIONS = $(if $(MODEL),model=$(MODEL)) \
+	$(if $(filter-out 0 false,$(FAST)),fast=true) \
+	$(if $(filter-out 0 false,$(DRY)),dry=true) \
+	$(if $(FILTER),'filter="$(FILTER)"') \
+	$(if $(LAUNCHER),launcher=$(LAUNCHER)) \
+	$(if $(OVERRIDES),'overrides="$(OVERRIDES)"') \
+	$(ARGS)
+MAKE_TABLES = $(BIN)/python -m experiments.tables.make
+
 export PYTHONDONTWRITEBYTECODE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check lint types format miniature clean
+.PHONY: help run tables status $(TABLES) bench test check lint types format miniature clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 run: $(READY) ## erase "parachute" from the miniature and show the proof; ARGS="concept=church edit=amplify"
 	$(BIN)/python run.py $(ARGS)
+
+tables: $(READY) ## the paper's tables, or one: make table7 MODEL=mini; also FAST=1 DRY=1 LAUNCHER=joblib FILTER="concept=church edit=uce"
+	$(MAKE_TABLES) $(TABLE_OPTIONS)
+
+$(TABLES): $(READY)
+	$(MAKE_TABLES) table=$(shell printf 'table%02d' $(@:table%=%)) $(TABLE_OPTIONS)
+
+status: $(READY) ## of all tables: runs done and missing; MODEL=mini
+	$(MAKE_TABLES) status=true $(TABLE_OPTIONS)
+
+bench: $(READY) ## time and memory of every edit at full size, on random weights; ARGS="weights=random-small" tries it anywhere
+	$(BIN)/python -m experiments.benchmarks.editing $(ARGS)
 
 test: $(DEV) ## all tests; ARGS="-k weight_edit" for some
 	$(BIN)/python -m pytest $(ARGS)

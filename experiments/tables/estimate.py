@@ -1,0 +1,142 @@
+"""What making the missing runs takes: images that are not there yet, edits, and about how long.
+
+An image set counts once however many runs need it, and not at all if a finished run has it. Seconds
+come of what was measured here, of edits in their results, of images by `note_throughput`; where
+nothing was, of what conf/tables.yaml assumes.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import get_class, instantiate
+from omegaconf import DictConfig
+
+from evaluation.evaluators.base import CONCEPT, Evaluator
+from experiments.config import plain, short_hash
+from experiments.results import read_json, write_json
+from experiments.tables.plan import Run, State
+
+THROUGHPUT = "throughput.json"
+FEWEST = 100  # images that a throughput is measured on
+NO_EDIT = "none"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be made: images by model, edits by (model, method)."""
+
+    images: Mapping[str, int]
+    edits: Mapping[tuple[str, str], int]
+
+    @property
+    def total_images(self) -> int:
+        return sum(self.images.values())
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Images a second by model, seconds an edit by (model, method), and which were measured."""
+
+    images: Mapping[str, float]
+    edits: Mapping[tuple[str, str], float]
+    measured: frozenset[str]  # models whose images were
+
+    def seconds(self, work: Work) -> float:
+        """An estimate, without what starting and measuring take."""
+        making = sum(count / self.images[model] for model, count in work.images.items())
+        return making + sum(count * self.edits[key] for key, count in work.edits.items())
+
+
+def missing_work(runs: Sequence[Run], chosen: Sequence[Run], counts: Mapping[str, int]) -> Work:
+    """What the missing ones of `chosen` make that no finished one of `runs` has made.
+
+    `counts` are the images of published prompt sets, whose files need not be here.
+    """
+    made = {key for run in runs if run.state == State.DONE for key in _needs(run, counts)}
+    wanted: dict[tuple[str, str, str], int] = {}
+    for run in chosen:
+        if run.state == State.MISSING:
+            wanted |= _needs(run, counts)
+    images: dict[str, int] = {}
+    edits: dict[tuple[str, str], int] = {}
+    for (kind, model, key), count in wanted.items():
+        if (kind, model, key) in made:
+            continue
+        if kind == "images":
+            images[model] = images.get(model, 0) + count
+        else:
+            edits[model, kind] = edits.get((model, kind), 0) + 1
+    return Work(images, edits)
+
+
+def rates(runs: Sequence[Run], assumed: Mapping[str, Any], folder: Path, work: Work) -> Rates:
+    """How fast the work's models and methods are, measured before or assumed."""
+    measured = read_json(folder / THROUGHPUT) if (folder / THROUGHPUT).exists() else {}
+    images = {model: float(assumed[model]["images_per_second"]) for model in work.images}
+    images |= {model: float(measured[model]) for model in work.images if model in measured}
+    seconds: dict[tuple[str, str], list[float]] = {}
+    for run in runs:
+        if run.state == State.DONE and run.cfg is not None:
+            key = (str(run.cfg.model.name), str(run.cfg.edit.name))
+            seconds.setdefault(key, []).append(read_json(run.folder / "cost.json")["seconds"])
+    edits = {
+        (model, method): statistics.median(seconds[model, method])
+        if (model, method) in seconds
+        else float(assumed[model]["seconds_per_edit"][method])
+        for model, method in work.edits
+    }
+    return Rates(images, edits, frozenset(images.keys() & measured.keys()))
+
+
+def note_throughput(folder: Path, model: str, images: int, seconds: float) -> None:
+    """Remember how many images a second a model's runs made here, all in all, if it was enough."""
+    if images < FEWEST or seconds <= 0:
+        return
+    path = folder / THROUGHPUT
+    known = read_json(path) if path.exists() else {}
+    write_json(path, known | {model: round(images / seconds, 3)})
+
+
+def _needs(run: Run, counts: Mapping[str, int]) -> dict[tuple[str, str, str], int]:
+    """Image sets ("images", model, key) with their sizes, and the edit (method, model, key)."""
+    if run.cfg is None:
+        return {}
+    cfg, model, method = run.cfg, str(run.cfg.model.name), str(run.cfg.edit.name)
+    concepts = list(cfg.concepts)
+    edit = short_hash([plain(cfg.edit), concepts, plain(cfg.model.adapter), cfg.dtype])
+    sets: dict[tuple[str, str, str], int] = {}
+    for measured in _measured(cfg):
+        node = cfg.prompts if measured == CONCEPT else cfg.model.prompts.general
+        if node is None:
+            continue  # the run will say so
+        count = _count(node, counts)
+        size = count if cfg.limit is None else min(count, cfg.limit)
+        chosen = None if cfg.limit is None else [cfg.limit, concepts]
+        images = [plain(node), chosen, plain(cfg.model.sampler), plain(cfg.model.adapter)]
+        sets["images", model, short_hash([*images, NO_EDIT])] = size
+        if method != NO_EDIT:
+            sets["images", model, short_hash([*images, edit])] = size
+    return sets if method == NO_EDIT else sets | {(method, model, edit): 1}
+
+
+def _measured(cfg: DictConfig) -> list[str]:
+    """The kinds of prompts that the run's evaluators look at."""
+    targets = [str(node._target_) for node in cfg.evaluator.values()] if cfg.evaluator else []
+    return list(dict.fromkeys(_measures(target) for target in targets))
+
+
+@functools.cache
+def _measures(target: str) -> str:
+    evaluator: type[Evaluator] = get_class(target)
+    return evaluator.measures
+
+
+def _count(node: DictConfig, counts: Mapping[str, int]) -> int:
+    name = str(node.name) if "name" in node else ""
+    return counts[name] if name in counts else len(instantiate(node, _convert_="all").build())

@@ -1,0 +1,149 @@
+"""What a table's plan looks like: its runs one by one, in a line, and all tables at a glance."""
+
+from __future__ import annotations
+
+import logging
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from omegaconf import DictConfig
+
+from experiments.rendering import DASH, show_table
+from experiments.tables.estimate import Work, missing_work, rates
+from experiments.tables.plan import Run, State, find_runs
+from experiments.tables.preflight import lacking
+from experiments.tables.rendering import title_of
+from experiments.tables.table import MINIATURE, Place, Table, parse_filter
+
+MINUTE, HOUR = 60, 3600  # seconds
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A table's runs, and those of them that the filter chooses."""
+
+    table: Table
+    runs: tuple[tuple[Place, Run], ...]
+    chosen: tuple[tuple[Place, Run], ...]
+
+    @property
+    def all(self) -> list[Run]:
+        return [run for _, run in self.runs]
+
+    def looked_up(self) -> Plan:
+        """The plan as it is on disk now."""
+        runs, chosen = (
+            tuple((place, run.looked_up()) for place, run in pairs)
+            for pairs in (self.runs, self.chosen)
+        )
+        return Plan(self.table, runs, chosen)
+
+    @property
+    def wanted(self) -> list[Run]:
+        return [run for _, run in self.chosen]
+
+    def missing(self) -> list[Run]:
+        """What is to be run, each once."""
+        runs = {run.overrides: run for run in self.wanted if run.state == State.MISSING}
+        return list(runs.values())
+
+
+def plan_table(
+    config: DictConfig, table: Table, passed: Sequence[str], *, whole: bool = True
+) -> Plan:
+    """A table's runs: the `whole` of them, or those that the filter chooses alone.
+
+    UserError for a filter that names what the table has not.
+    """
+    wanted = parse_filter(config.filter, table.axes)
+    asked = [all(place[axis] in kept for axis, kept in wanted.items()) for place in table.places()]
+    places = [place for place, ask in zip(table.places(), asked, strict=True) if whole or ask]
+    more = [*shlex.split(config.overrides), *passed]
+    overrides = [table.overrides(place, more) for place in places]
+    reasons = [table.skipped(place) for place in places]
+    pairs = list(zip(places, overrides, reasons, strict=True))
+    found = find_runs(each for _, each, reason in pairs if reason is None)
+    runs = [
+        (place, found[each] if reason is None else Run(each, State.REFUSED, reason))
+        for place, each, reason in pairs
+    ]
+    if whole:
+        chosen = [pair for pair, ask in zip(runs, asked, strict=True) if ask]
+        return Plan(table, tuple(runs), tuple(chosen))
+    return Plan(table, tuple(runs), tuple(runs))
+
+
+def show_plan(config: DictConfig, plan: Plan) -> None:
+    """Print what is done, missing and refused, and what making the rest takes."""
+    several = [axis for axis, values in plan.table.axes.items() if len(values) > 1]
+    rows = [
+        {"run": " ".join(f"{k}={v}" for k, v in place.items() if k in several)}
+        | {"state": run.state.value, "because": run.reason}
+        for place, run in plan.chosen
+    ]
+    caption = f"{title_of(plan.table)}\n{summary(config, plan)}"
+    frame = pd.DataFrame(rows)
+    show_table(frame if any(frame["because"]) else frame.drop(columns="because"), caption)
+    models = {str(run.cfg.model.name): run.cfg for run in plan.missing() if run.cfg is not None}
+    for name, cfg in models.items():
+        for what in () if name == MINIATURE else lacking(cfg):
+            log.warning("model=%s: %s", name, what)
+
+
+def summary(config: DictConfig, plan: Plan) -> str:
+    """A line: how many runs are done, missing, refused; images to make, and about how long."""
+    counts = _counts(plan)
+    states = ", ".join(f"{count} {state}" for state, count in counts.items())
+    work, seconds, known = _estimate(config, plan)
+    if not work.images and not work.edits:
+        return f"{len(plan.chosen)} runs: {states}; no images to make"
+    return (
+        f"{len(plan.chosen)} runs: {states}; {work.total_images:,} images and "
+        f"{sum(work.edits.values())} edits to make, about {in_words(seconds)} at a speed that is "
+        f"{known}"
+    )
+
+
+def status_line(config: DictConfig, plan: Plan) -> dict[str, str]:
+    """A table's line of the overview."""
+    work, seconds, _ = _estimate(config, plan)
+    rendered = Path(config.output) / f"{plan.table.name}.md"
+    return {
+        "table": str(plan.table.config.number),
+        "of": ", ".join(plan.table.models),
+        "runs": str(len(plan.chosen)),
+        **{state: str(count) for state, count in _counts(plan).items()},
+        "images to make": f"{work.total_images:,}",
+        "about": in_words(seconds) if work.images or work.edits else DASH,
+        "rendered": rendered.name if rendered.exists() else DASH,
+    }
+
+
+def in_words(seconds: float) -> str:
+    """ "35 s", "12 min", "3.5 h"."""
+    if seconds < MINUTE:
+        return f"{math.ceil(seconds)} s"
+    return f"{seconds / MINUTE:.0f} min" if seconds < HOUR else f"{seconds / HOUR:,.1f} h"
+
+
+def _counts(plan: Plan) -> Mapping[str, int]:
+    states = [run.state for run in plan.wanted]
+    return {state.value: states.count(state) for state in State}
+
+
+def _estimate(config: DictConfig, plan: Plan) -> tuple[Work, float, str]:
+    work = missing_work(plan.all, plan.wanted, config.counts)
+    speed = rates(plan.all, config.assumed, kept(config), work)
+    measured = speed.measured >= work.images.keys() and bool(work.images)
+    return work, speed.seconds(work), "measured here" if measured else "assumed"
+
+
+def kept(config: DictConfig) -> Path:
+    """Folder of what is this machine's: measured speed, W&B's files."""
+    return Path(config.paths.results) / "tables"
