@@ -168,8 +168,8 @@ def build_needed_prompts(cfg: DictConfig, concepts: Sequence[Concept]) -> dict[s
             found[measured] = take_in_turn(prompts, targets, cfg.limit)
     if not found:
         logger.warning(
-            "model=%s has no evaluator for %s concepts: the edit is made and saved, nothing is "
-            "measured",
+            "no evaluator is chosen, or model=%s has none for %s concepts: the edit is made and "
+            "saved, nothing is measured",
             cfg.model.name,
             kind,
         )
