@@ -6,6 +6,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 DEV    := $(VENV)/.ready-dev
 ARGS   ?=
+WEIGHTS ?= random
 
 TABLES := $(addprefix table,1 2 3 4 5 6 7 8 9 10 11 12 13 14)
 TABLE_OPTIONS = $(if $(MODEL),model=$(MODEL)) \
@@ -37,8 +38,10 @@ $(TABLES): $(READY)
 status: $(READY) ## of all tables: runs done and missing; MODEL=mini
 	$(MAKE_TABLES) status=true $(TABLE_OPTIONS)
 
-bench: $(READY) ## time and memory of every edit at full size, on random weights; ARGS="weights=random-small" tries it anywhere
-	$(BIN)/python -m experiments.benchmarks.editing $(ARGS)
+bench: $(READY) ## time and memory of every edit, and images per second, at full size on random weights; WEIGHTS=random-small tries it anywhere
+	$(BIN)/python -m experiments.benchmarks.editing weights=$(WEIGHTS) $(ARGS)
+	$(BIN)/python -m experiments.benchmarks.generation model=sd14 model.weights=$(WEIGHTS) \
+		$(if $(filter random-small,$(WEIGHTS)),model.adapter.resolution=64 model.sampler.steps=3)
 
 test: $(DEV) ## all tests; ARGS="-k weight_edit" for some
 	$(BIN)/python -m pytest $(ARGS)
