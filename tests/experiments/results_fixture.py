@@ -35,7 +35,7 @@ def write_result(
         edit |= {"name": "erase", "num_weights": 12345, "fingerprint": "abc"}
         edit |= {"ratio": ratio, "per": "row", "component": "ff"}
     metrics = {
-        "model": {"name": "mini"},
+        "model": {"name": "mini", "revision": "local"},
         "concepts": [concept],
         "edit": edit,
         "seed": 0,
