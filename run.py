@@ -12,19 +12,18 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from experiments.command_line import USAGE_ERROR, exit_status
 from experiments.config import check, parse_shard, register_resolvers, settle
 from experiments.mistakes import SHOWN, find_mistake
 from experiments.rendering import show_result
 from experiments.results import ResultFolder
 from experiments.sweep import finish_sweep, note_failure, note_result
 
-# Read when libraries are imported, which comes later; the last lets errors through to `command`.
+# Read when libraries are imported, which comes later.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("HYDRA_FULL_ERROR", "1")
 register_resolvers()
 
-MISTAKE = 2  # exit status
 logger = logging.getLogger(__name__)
 failed_jobs: list[Path] = []  # folders of this process's jobs that ended with a mistake
 
@@ -75,18 +74,12 @@ def run(cfg: DictConfig) -> Path | None:
 
 
 def command() -> int:
-    """Exit status: 0, or 2 after a message for each thing that the user can mend."""
+    """Exit status: 0, or that of a mistake after a message for each that the user can mend."""
     try:
-        main()
-    except SHOWN as error:  # from composing the configuration, before any job
-        message = find_mistake(error)
-        if message is None:
-            raise
-        logger.error("%s", message)
-        return MISTAKE
+        status = exit_status(main)  # what it tells comes of composing, before any job
     finally:
         finish_sweep()
-    return MISTAKE if failed_jobs else 0
+    return status or (USAGE_ERROR if failed_jobs else 0)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ class Attribution(NoisePlan):
     """The settings of an attribution: a group of components, and where J is estimated."""
 
     component: str = "ff"  # ff | attn1 | attn2 | residual
-    gradient_checkpointing: bool = False  # less memory, about a third more time
+    gradient_checkpointing: bool = False  # less memory, more time
     sums_on: str = "device"  # where gradients are added up: "device" | "cpu", weight by weight
 
     def __post_init__(self) -> None:

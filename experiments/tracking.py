@@ -1,4 +1,4 @@
-"""Mirrors of a finished result: Weights & Biases, or nothing.
+"""Mirrors of a finished result, or of a table: Weights & Biases, or nothing.
 
 A tracker is given a finished result folder and changes none of its files; W&B keeps its own in the
 folder's wandb/. A run does not fail because W&B cannot be reached: its errors and those of the disk
@@ -11,6 +11,7 @@ import logging
 import netrc
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +22,7 @@ from experiments.rendering import result_table
 from experiments.results import read_json, read_lines, write_json
 
 if TYPE_CHECKING:
+    import pandas as pd
     import wandb
 
 FOLDER = "wandb"  # W&B's files, inside the result folder
@@ -42,6 +44,20 @@ class Tracker(ABC):
         What keeps the mirror from being made is logged, not raised.
         """
 
+    @abstractmethod
+    def log_table(
+        self,
+        name: str,
+        panels: Mapping[str, pd.DataFrame],
+        notes: Sequence[str],
+        page: Path,
+        folder: Path,
+    ) -> None:
+        """Mirror a rendered table: its panels by heading, and its HTML `page`, at every call.
+
+        The tracker's own files go into `folder`. Errors as in `log`.
+        """
+
 
 class NoTracker(Tracker):
     """Shows nothing."""
@@ -49,9 +65,19 @@ class NoTracker(Tracker):
     def log(self, folder: Path) -> None:
         return None
 
+    def log_table(
+        self,
+        name: str,
+        panels: Mapping[str, pd.DataFrame],
+        notes: Sequence[str],
+        page: Path,
+        folder: Path,
+    ) -> None:
+        return None
+
 
 class WandbTracker(Tracker):
-    """One W&B run per result: its configuration, metrics, table and picture.
+    """One W&B run per result, of its configuration, metrics, table and picture, or per table.
 
     `mode` "auto" follows the environment's WANDB_MODE, else is online where a key is set and
     offline elsewhere; WANDB_MODE=disabled switches every mode off. `timeout` is in seconds. Raises
@@ -67,20 +93,12 @@ class WandbTracker(Tracker):
 
     def log(self, folder: Path) -> None:
         marker = folder / FOLDER / MARKER
-        if marker.exists() or os.environ.get("WANDB_MODE") == "disabled":
+        if marker.exists() or _is_disabled():
             return
-        os.environ["WANDB_SILENT"] = "true"
-        os.environ["WANDB_DATA_DIR"] = str(folder / FOLDER)  # else staged files go to the home
         import wandb
 
-        mode = self._choose_mode()
         try:
-            try:
-                run = self._start(folder, mode)
-            except wandb.errors.Error as error:
-                logger.warning("W&B cannot be reached, logging offline (%s)", error)
-                mode = "offline"
-                run = self._start(folder, mode)
+            run, mode = self._start(folder, name=folder.name, config=_config(folder))
             _send(run, folder)
             wandb.finish()
             write_json(marker, {"run": run.id, "mode": mode})
@@ -88,24 +106,63 @@ class WandbTracker(Tracker):
             logger.warning("W&B logging skipped (%s); the result folder is complete", error)
             _abandon()
 
+    def log_table(
+        self,
+        name: str,
+        panels: Mapping[str, pd.DataFrame],
+        notes: Sequence[str],
+        page: Path,
+        folder: Path,
+    ) -> None:
+        if _is_disabled():
+            return
+        import wandb
+
+        try:
+            run, _ = self._start(folder, name=name, job_type="table", notes="\n".join(notes))
+            with run:
+                for head, frame in panels.items():
+                    run.log({" ".join([name, head]).strip(): wandb.Table(dataframe=frame)})
+                run.log({"page": wandb.Html(page.read_text(encoding="utf-8"))})
+        except (wandb.errors.Error, OSError) as error:
+            logger.warning("W&B logging of %s skipped (%s); its files are complete", name, error)
+            _abandon()
+
     def _choose_mode(self) -> Mode:
         wish = os.environ.get("WANDB_MODE", "auto") if self.mode == "auto" else self.mode
         online = _has_key() if wish == "auto" else wish == "online"
         return "online" if online else "offline"
 
-    def _start(self, folder: Path, mode: Mode) -> wandb.Run:
+    def _start(self, folder: Path, **told: Any) -> tuple[wandb.Run, Mode]:
+        """A W&B run with its files in the folder, offline where the server cannot be reached."""
+        os.environ["WANDB_SILENT"] = "true"
+        os.environ["WANDB_DATA_DIR"] = str(folder / FOLDER)  # else staged files go to the home
         import wandb
 
-        (folder / FOLDER).mkdir(exist_ok=True)
+        (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+        mode = self._choose_mode()
+        try:
+            return self._init(folder, mode, told), mode
+        except wandb.errors.Error as error:
+            logger.warning("W&B cannot be reached, logging offline (%s)", error)
+            return self._init(folder, "offline", told), "offline"
+
+    def _init(self, folder: Path, mode: Mode, told: Mapping[str, Any]) -> wandb.Run:
+        import wandb
+
         return wandb.init(
             project=self.project,
-            name=folder.name,
             dir=str(folder),
-            config=_config(folder),
             mode=mode,
             reinit="finish_previous",
             settings=wandb.Settings(init_timeout=self.timeout, silent=True, console="off"),
+            **told,
         )
+
+
+def _is_disabled() -> bool:
+    """Whether the environment switches W&B off."""
+    return os.environ.get("WANDB_MODE") == "disabled"
 
 
 def _send(run: wandb.Run, folder: Path) -> None:

@@ -24,7 +24,6 @@ from typing import Any
 import hydra
 import pandas as pd
 import torch
-from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
@@ -32,6 +31,7 @@ from cad.errors import UserError
 from cad.models.base import DiffusionModel, resolve_device
 from evaluation.files import write_atomically
 from experiments.command_line import exit_status
+from experiments.composing import composer
 from experiments.config import check, plain, register_resolvers, settle
 from experiments.environment import describe_environment
 from experiments.experiment import build_method, quiet_libraries
@@ -99,9 +99,8 @@ def compose(config: DictConfig, model_name: str, overrides: Sequence[str]) -> Di
     fixed = [f"model={model_name}", f"model.weights={config.weights}", "logger=none"]
     fixed += [f"device={config.device}", f"dtype={config.dtype}"]
     fixed += config.small if config.weights == SMALL else []
-    GlobalHydra.instance().clear()  # Hydra composes one configuration at a time
-    with hydra.initialize_config_dir(str(Path(config.paths.root) / "conf"), version_base="1.3"):
-        cfg = hydra.compose("config", [*fixed, *overrides, *config.overrides])
+    with composer() as compose_one:
+        cfg = compose_one("config", [*fixed, *overrides, *config.overrides])
     check(cfg)
     return settle(cfg)
 

@@ -58,9 +58,8 @@ def main(config: DictConfig) -> None:
 
 def plain_pipeline(config: DictConfig, model: PipelineModel) -> Any:
     """The pipeline as diffusers loads it, in the model's dtype and on its device."""
-    adapter = config.model.adapter
     weights = Weights(
-        instantiate(config.model.source), config.model.weights, adapter.get("architecture")
+        instantiate(config.model.source), config.model.weights, config.model.architecture
     )
     loaded = weights.pipeline(model.pipeline_class, model.name, model.dtype, model.device)
     pipeline = loaded.pipeline

@@ -1,7 +1,7 @@
 """Attribution in half precision: how far its scores and masks are from float32's.
 
     python -m experiments.benchmarks.precision
-    python -m experiments.benchmarks.precision concept=church device=cuda samples=16
+    python -m experiments.benchmarks.precision concept=church model.attribution.samples=4
 
 The same noise, weights and prompts in every precision. Two columns: Spearman's rank correlation of
 all scores with those of float32, and how much of the mask that the default ratio chooses is the
@@ -59,7 +59,8 @@ def main(config: DictConfig) -> None:
     table = pd.DataFrame(rows)
     caption = (
         f"attribution of {config.concept.name} in model={config.model.name}, "
-        f"{config.model.attribution.samples} samples, against {REFERENCE} with the same noise"
+        f"{config.model.attribution.samples} samples of {config.model.attribution.steps} steps, "
+        f"against {REFERENCE} with the same noise"
     )
     show_table(table, caption)
     folder = Path(config.output)

@@ -24,6 +24,7 @@ from omegaconf import DictConfig
 
 from cad.errors import UserError
 from experiments.command_line import USAGE_ERROR, exit_status
+from experiments.composing import CONF, composer
 from experiments.config import register_resolvers
 from experiments.mistakes import SHOWN, find_mistake
 from experiments.rendering import show_table
@@ -33,11 +34,11 @@ from experiments.tables.launch import blocks, launch
 from experiments.tables.notes import table_notes
 from experiments.tables.overview import Plan, kept, plan_table, show_plan, status_line, summary
 from experiments.tables.paper import Published
-from experiments.tables.plan import CONF, Overrides, composer, of_configuration
+from experiments.tables.plan import Overrides, of_configuration
 from experiments.tables.preflight import check_machine
 from experiments.tables.rendering import MARKDOWN, layout, panels, show, title_of, write_table
 from experiments.tables.table import MINIATURE, MODEL, Table, read_table
-from experiments.tables.tracking import log_table
+from experiments.tracking import Tracker
 
 INTERRUPTED = 130  # exit status
 PASSED_ON = ("paths.", "logger")  # overrides of this program that runs are given too
@@ -115,9 +116,9 @@ def make_table(config: DictConfig, table: Table, passed: Sequence[str]) -> dict[
     paths = write_table(table, cells, notes, Path(config.output))
     for path in paths.values():
         log.info("%s", path)
-    tracker = hydra.utils.instantiate(config.logger)
+    tracker: Tracker = hydra.utils.instantiate(config.logger)
     shown = panels(layout(table, cells, MARKDOWN))
-    log_table(tracker, table.name, shown, notes, paths["html"], kept(config))
+    tracker.log_table(table.name, shown, notes, paths["html"], kept(config))
     return paths
 
 

@@ -5,30 +5,24 @@ Knows nothing of tables: whoever needs results names them by overrides of `run.p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
-import hydra
-from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from experiments.config import REPOSITORY, check, register_resolvers, settle
+from experiments.composing import Compose, composer
+from experiments.config import check, settle
 from experiments.mistakes import SHOWN, find_mistake
 from experiments.results import ResultFolder
 
-CONF = REPOSITORY / "conf"
 LAUNCHER_KEYS = ("hydra/", "hydra.")  # what a multirun is told and a configuration is not
 
 Overrides = tuple[str, ...]
 Block = tuple[tuple[str, ...], ...]
 """Values for every place; stands for all their combinations."""
-
-Compose = Callable[[str, Sequence[str]], DictConfig]
-"""The configuration of a primary config's name and overrides."""
 
 
 class State(StrEnum):
@@ -61,15 +55,6 @@ class Run:
         if self.result is None:
             return self
         return replace(self, state=_state(self.result))
-
-
-@contextmanager
-def composer() -> Iterator[Compose]:
-    """Composes configurations of conf/ as the programs do, also inside one of them."""
-    register_resolvers()
-    GlobalHydra.instance().clear()  # Hydra composes one program's configuration at a time
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        yield lambda name, overrides: hydra.compose(name, list(overrides))
 
 
 def find_runs(wanted: Iterable[Overrides]) -> dict[Overrides, Run]:

@@ -18,7 +18,6 @@ from experiments.tables.paper import Published
 from experiments.tables.plan import Run, State
 from experiments.tables.rendering import MARKDOWN, cell_text, layout, panels, write_table
 from experiments.tables.table import MetricSpec
-from experiments.tables.tracking import log_table
 from experiments.tracking import NoTracker, WandbTracker
 
 PAPER = REPOSITORY / "results" / "paper"
@@ -211,12 +210,11 @@ def test_a_table_is_mirrored_offline_where_the_server_is_out_of_reach(
     page = tmp_path / "table01-sd14.html"
     page.write_text("<p>table</p>")
     panel = pd.DataFrame({"": ["church"], "erase": ["4.4"]})
-    log_table(
-        WandbTracker("cad", "online", 1), "table01-sd14", {"accuracy": panel}, ["n"], page, tmp_path
-    )
+    tracker = WandbTracker("cad", "online", 1)
+    tracker.log_table("table01-sd14", {"accuracy": panel}, ["n"], page, tmp_path)
     assert modes == ["online", "offline"]
     assert set(run.logged) == {"table01-sd14 accuracy", "page"}
-    log_table(NoTracker(), "table01-sd14", {"": panel}, [], page, tmp_path)
+    NoTracker().log_table("table01-sd14", {"": panel}, [], page, tmp_path)
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    log_table(WandbTracker("cad", "online", 1), "table01-sd14", {"": panel}, [], page, tmp_path)
+    tracker.log_table("table01-sd14", {"": panel}, [], page, tmp_path)
     assert len(modes) == 2
