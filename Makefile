@@ -9,19 +9,21 @@ ARGS   ?=
 WEIGHTS ?= random
 
 TABLES := $(addprefix table,1 2 3 4 5 6 7 8 9 10 11 12 13 14)
-TABLE_OPTIONS = $(if $(MODEL),model=$(MODEL)) \
+OPTIONS = $(if $(MODEL),model=$(MODEL)) \
 	$(if $(filter-out 0 false,$(FAST)),fast=true) \
 	$(if $(filter-out 0 false,$(DRY)),dry=true) \
 	$(if $(FILTER),'filter="$(FILTER)"') \
 	$(if $(LAUNCHER),launcher=$(LAUNCHER)) \
 	$(if $(OVERRIDES),'overrides="$(OVERRIDES)"') \
 	$(ARGS)
-MAKE_TABLES = $(BIN)/python -m experiments.tables.make
+FIGURES := figure2 figure7 components
+PICTURES := objects explicit styles amplified
+MAKE_ITEM = $(BIN)/python -m experiments.make
 
 export PYTHONDONTWRITEBYTECODE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run tables status $(TABLES) bench test check lint types format miniature clean
+.PHONY: help run tables figures qualitative status report $(TABLES) $(FIGURES) bench test check lint types format miniature clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,13 +32,25 @@ run: $(READY) ## erase "parachute" from the miniature and show the proof; ARGS="
 	$(BIN)/python run.py $(ARGS)
 
 tables: $(READY) ## the paper's tables, or one: make table7 MODEL=mini; also FAST=1 DRY=1 LAUNCHER=joblib FILTER="concept=church edit=uce"
-	$(MAKE_TABLES) $(TABLE_OPTIONS)
+	$(MAKE_ITEM) every=[table] $(OPTIONS)
 
 $(TABLES): $(READY)
-	$(MAKE_TABLES) table=$(shell printf 'table%02d' $(@:table%=%)) $(TABLE_OPTIONS)
+	$(MAKE_ITEM) table=$(shell printf 'table%02d' $(@:table%=%)) $(OPTIONS)
 
-status: $(READY) ## of all tables: runs done and missing; MODEL=mini
-	$(MAKE_TABLES) status=true $(TABLE_OPTIONS)
+figures: $(READY) ## its figures, or one: make figure2, figure7, components, qualitative (four grids of pictures)
+	$(MAKE_ITEM) every=[figure] $(OPTIONS)
+
+$(FIGURES): $(READY)
+	$(MAKE_ITEM) figure=$@ $(OPTIONS)
+
+qualitative: $(READY)
+	for grid in $(PICTURES); do $(MAKE_ITEM) figure=qualitative_$$grid $(OPTIONS) || exit; done
+
+status: $(READY) ## of all tables and figures: runs done and missing; MODEL=mini
+	$(MAKE_ITEM) status=true $(OPTIONS)
+
+report: $(READY) ## every table and figure that was made, in one HTML page; MODEL=mini
+	$(BIN)/python -m experiments.report $(if $(MODEL),model=$(MODEL)) $(ARGS)
 
 bench: $(READY) ## time and memory of every edit, and images per second, at full size on random weights; WEIGHTS=random-small tries it anywhere
 	$(BIN)/python -m experiments.benchmarks.editing weights=$(WEIGHTS) $(ARGS)

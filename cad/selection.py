@@ -3,7 +3,7 @@
 Per row, the published setting: a row is one output neuron (of a convolution, one output channel);
 of its k = floor(ratio * in_features) largest scores those are chosen that are strictly positive.
 With ratio 0.001 a row of 320 loses nothing and a row of 1280 at most one. Per layer, k counts the
-whole weight and the rows compete.
+whole weight and the rows compete; per model, all weights of the group compete for one k.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from torch import Tensor
 
 from cad.errors import UserError
 
-PER = ("row", "layer")
+PER = ("row", "layer", "model")
 
 
 @dataclass(frozen=True)
 class Selection:
     """The share of components to choose. UserError for a ratio outside (0, 1] or another `per`."""
 
-    ratio: float  # of each row or layer
-    per: str = "row"  # "row" | "layer"
+    ratio: float  # of each row or layer, or of the whole group
+    per: str = "row"  # "row" | "layer" | "model"
 
     def __post_init__(self) -> None:
         if not 0.0 < self.ratio <= 1.0:
@@ -40,7 +40,8 @@ class Selection:
 
     def check(self, weights: Mapping[str, Tensor]) -> None:
         """UserError if the ratio is so small that no component of these weights can be chosen."""
-        widest = max(self._rankings(weight.flatten(1)).shape[1] for weight in weights.values())
+        sizes = [self._rankings(weight.flatten(1)).shape[1] for weight in weights.values()]
+        widest = sum(sizes) if self.per == "model" else max(sizes)
         if self.budget(widest) == 0:
             raise UserError(
                 f"ratio.value={self.ratio} chooses nothing: a {self.per} has at most {widest} "
@@ -53,13 +54,15 @@ class Selection:
 
         scores {name: (out, in)}; sign +1 chooses the most positive, -1 the most negative.
         """
-        chosen = {}
-        for name, score in scores.items():
-            rankings = self._rankings(sign * score)
-            indices = top_positive(rankings, self.budget(rankings.shape[1]))
-            if indices.numel():
-                chosen[name] = indices
-        return chosen
+        if self.per == "model":
+            budget = self.budget(sum(score.numel() for score in scores.values()))
+            found = top_of_all({name: sign * score for name, score in scores.items()}, budget)
+        else:
+            found = {}
+            for name, score in scores.items():
+                rankings = self._rankings(sign * score)
+                found[name] = top_positive(rankings, self.budget(rankings.shape[1]))
+        return {name: indices for name, indices in found.items() if indices.numel()}
 
     def _rankings(self, score: Tensor) -> Tensor:
         """What competes for one budget, a ranking per row: (out, in) or (1, out * in)."""
@@ -79,3 +82,20 @@ def top_positive(scores: Tensor, k: int) -> Tensor:
     values, columns = scores.topk(k, dim=1)  # (rows, k)
     starts = torch.arange(scores.shape[0], device=scores.device)[:, None] * scores.shape[1]
     return (starts + columns)[values > 0].sort().values
+
+
+def top_of_all(scores: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
+    """Flat indices, ascending, of the k largest entries of all tensors that are strictly positive.
+
+    Each tensor's own k largest are ranked together, so a model's scores are never in one tensor.
+    """
+    places = {name: score.flatten().topk(min(k, score.numel())) for name, score in scores.items()}
+    values = torch.cat([best.values for best in places.values()])
+    keep = torch.zeros(values.shape, dtype=torch.bool, device=values.device)
+    keep[values.topk(min(k, values.numel())).indices] = True
+    keep &= values > 0
+    counts = [best.indices.numel() for best in places.values()]
+    return {
+        name: best.indices[kept].sort().values
+        for (name, best), kept in zip(places.items(), keep.split(counts), strict=True)
+    }

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
 
+from cad.components import component_weights
 from cad.concepts import Concept
 from cad.edit_store import EditStore
 from cad.edits import Edit, NoEdit
@@ -86,7 +87,7 @@ def run_experiment(cfg: DictConfig, folder: ResultFolder) -> Path:
             "files": parts.model.file_digests(),
         },
         "concepts": targets,
-        "edit": _describe_edit(cfg, edit),
+        "edit": _describe_edit(cfg, parts.model, edit),
         "seed": cfg.seed,
         "sampler": asdict(parts.settings),
         "effect": effect,
@@ -381,13 +382,21 @@ def _describe_images(images: Images) -> dict[str, dict[str, dict[str, str | int]
     }
 
 
-def _describe_edit(cfg: DictConfig, edit: WeightEdit) -> dict[str, Any]:
-    ratio = cfg.ratio if "selection" in cfg.edit else None
-    return {
+def _describe_edit(cfg: DictConfig, model: DiffusionModel, edit: WeightEdit) -> dict[str, Any]:
+    described = {
         "name": cfg.edit.name,
         "fingerprint": edit.fingerprint,
         "num_weights": edit.num_weights,
-        "ratio": ratio.value if ratio else None,
-        "per": ratio.per if ratio else None,
-        "component": cfg.component if ratio else None,
     }
+    if "selection" not in cfg.edit:
+        return described | {"ratio": None, "per": None, "component": None}
+    weights = [  # in the network's order
+        {
+            "name": name,
+            "changed": edit.changes[name].num_weights if name in edit.changes else 0,
+            "of": weight.numel(),
+        }
+        for name, weight in component_weights(model, cfg.component).items()
+    ]
+    ratio = {"ratio": cfg.ratio.value, "per": cfg.ratio.per, "component": cfg.component}
+    return described | ratio | {"weights": weights}

@@ -36,7 +36,8 @@ def before_after(
     covers what it finds on each image.
     """
     prompts = next(iter(states.values())).prompts
-    columns, rows = choose_columns(prompts, targets), list(states.items())
+    each = max(1, TARGET_COLUMNS // max(1, len(targets)))
+    columns, rows = choose_prompts(prompts, targets, each, OTHER_COLUMNS), list(states.items())
     width = MARGIN + len(columns) * (CELL + GAP)
     canvas = Image.new("RGB", (width, LABEL + len(rows) * (CELL + GAP)), "white")
     draw = ImageDraw.Draw(canvas)
@@ -77,17 +78,18 @@ def loss_curve(history: Sequence[Mapping[str, float]], path: Path) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def choose_columns(prompts: Sequence[Prompt], targets: Collection[str]) -> list[int]:
-    """Indices of the shown prompts: the targets' first ones, then one of each other group."""
-    each = max(1, TARGET_COLUMNS // max(1, len(targets)))  # columns
+def choose_prompts(
+    prompts: Sequence[Prompt], targets: Collection[str], per_target: int, others: int
+) -> list[int]:
+    """Indices of the shown prompts: each target's first ones, then one of each other group."""
     chosen = []
     for target in targets:
-        chosen += [i for i, prompt in enumerate(prompts) if prompt.group == target][:each]
-    others: dict[str, int] = {}
+        chosen += [i for i, prompt in enumerate(prompts) if prompt.group == target][:per_target]
+    first: dict[str, int] = {}
     for i, prompt in enumerate(prompts):
         if prompt.group not in targets:
-            others.setdefault(prompt.group, i)
-    return chosen + list(others.values())[:OTHER_COLUMNS]
+            first.setdefault(prompt.group, i)
+    return chosen + list(first.values())[:others]
 
 
 def _cell(pixels: NDArray[np.uint8], mask: Mask | None) -> Image.Image:

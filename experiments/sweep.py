@@ -9,35 +9,21 @@ plot.png, plot.pdf where some configuration was run at two ratios or more.
 from __future__ import annotations
 
 import logging
-import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import pandas as pd
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from evaluation.files import write_atomically
-from experiments.rendering import (
-    DASH,
-    find_metric,
-    format_interval,
-    join_concepts,
-    show_table,
-    to_markdown,
-)
+from experiments.frames import run_settings, tidy
+from experiments.rendering import DASH, find_metric, format_interval, show_table, to_markdown
 from experiments.results import read_json, write_json
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
 LINK = "result.json"
+SCOPES = ("target", "others", "general")
 SERIES = ["model", "concept", "edit", "component", "per", "seed", "metric"]
-PANELS_PER_ROW = 3
-PANEL_SIZE = (4.2, 3.4)  # inches
-# By scope; Okabe and Ito's colours, safe for colour-blind eyes.
-COLOURS = {"target": "#D55E00", "others": "#0072B2", "general": "#009E73"}
-MARKERS = {"target": "o", "others": "s", "general": "^"}
 
 logger = logging.getLogger(__name__)
 
@@ -91,24 +77,13 @@ def summarise(folder: Path) -> None:
     show_table(table, f"{len(results)} run{'s' if len(results) > 1 else ''}")
     series = ratio_series(frame)
     if series:
-        plot(series, folder)
+        from experiments.figures.ratios import draw_ratios  # slow to import, and seldom needed
+        from experiments.figures.style import save
+
+        for ending, content in save(draw_ratios(series)).items():
+            write_atomically(folder / f"plot.{ending}", content)
         logger.info("accuracy against ratio: %s", folder / "plot.png")
     logger.info("sweep folder: %s", folder)
-
-
-def tidy(result: Path) -> pd.DataFrame:
-    """The target's and the others' metrics of a result, one row each, with their settings."""
-    metrics = read_json(result / "metrics.json")
-    settings = _settings(metrics)
-    rows = [
-        settings
-        | {"metric": row["name"], "scope": row["scope"], "state": row["state"]}
-        | {key: row[key] for key in ("value", "low", "high", "n", "unit", "version")}
-        | {"result": result.name}
-        for row in metrics["metrics"]
-        if row["scope"] != "group"
-    ]
-    return pd.DataFrame(rows)
 
 
 def sweep_table(results: list[Path]) -> pd.DataFrame:
@@ -117,12 +92,13 @@ def sweep_table(results: list[Path]) -> pd.DataFrame:
     for result in results:
         metrics = read_json(result / "metrics.json")
         settings = {
-            key: DASH if value is None else str(value) for key, value in _settings(metrics).items()
+            key: DASH if value is None else str(value)
+            for key, value in run_settings(metrics).items()
         }
         for name in dict.fromkeys(row["name"] for row in metrics["metrics"]):
             cells = {
                 f"{scope} {state}": format_interval(find_metric(metrics, name, scope, state))
-                for scope in COLOURS
+                for scope in SCOPES
                 for state in ("before", "after")
             }
             rows.append(settings | {"metric": name} | cells)
@@ -142,65 +118,6 @@ def ratio_series(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
             names = dict(zip(SERIES, key, strict=True))
             found[", ".join(str(names[name]).replace("_", " ") for name in varying)] = group
     return found
-
-
-def plot(series: dict[str, pd.DataFrame], folder: Path) -> None:
-    """Write plot.png and plot.pdf: a panel per configuration, metric against ratio."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    columns = min(len(series), PANELS_PER_ROW)
-    rows = math.ceil(len(series) / columns)
-    size = (PANEL_SIZE[0] * columns, PANEL_SIZE[1] * rows)
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    for panel, (name, group) in zip(axes.flat, series.items(), strict=False):
-        _draw(panel, name, group)
-    for empty in axes.flat[len(series) :]:
-        empty.set_axis_off()
-    axes.flat[0].legend(fontsize="small")
-    for suffix in ("png", "pdf"):
-        figure.savefig(folder / f"plot.{suffix}", dpi=150)
-    plt.close(figure)
-
-
-def _draw(panel: Axes, name: str, group: pd.DataFrame) -> None:
-    for scope in COLOURS:
-        rows = group[group["scope"] == scope].sort_values("ratio")
-        after = rows[rows["state"] == "after"]
-        if after.empty:
-            continue
-        style: dict[str, Any] = {"color": COLOURS[scope], "marker": MARKERS[scope]}
-        percent = 100 * after["ratio"].to_numpy(dtype=float)
-        panel.plot(percent, after["value"], label=f"{scope}, after", **style)
-        panel.fill_between(percent, after["low"], after["high"], color=style["color"], alpha=0.15)
-        for before in rows[rows["state"] == "before"]["value"].head(1):  # paired metrics have none
-            panel.axhline(before, color=style["color"], linestyle=":", label=f"{scope}, before")
-    panel.set_xscale("log")
-    panel.set_xticks(sorted(100 * group["ratio"].unique()))
-    panel.xaxis.set_major_formatter("{x:g}")
-    panel.minorticks_off()
-    panel.set(title=name, xlabel="ratio, % of weights", ylabel=_axis_label(group))
-    if (group["unit"] == "%").all():
-        panel.set_ylim(-3, 103)
-
-
-def _axis_label(group: pd.DataFrame) -> str:
-    return f"{group['metric'].iloc[0].replace('_', ' ')}, {group['unit'].iloc[0]}"
-
-
-def _settings(metrics: dict[str, Any]) -> dict[str, Any]:
-    edit = metrics["edit"]
-    return {
-        "model": metrics["model"]["name"],
-        "concept": join_concepts(metrics),
-        "edit": edit["name"],
-        "component": edit["component"],
-        "ratio": edit["ratio"],
-        "per": edit["per"],
-        "seed": metrics["seed"],
-    }
 
 
 def _job_number(path: Path) -> tuple[int, str]:

@@ -1,4 +1,4 @@
-"""Mirrors of a finished result, or of a table: Weights & Biases, or nothing.
+"""Mirrors of a finished result, or of a table or figure: Weights & Biases, or nothing.
 
 A tracker is given a finished result folder and changes none of its files; W&B keeps its own in the
 folder's wandb/. A run does not fail because W&B cannot be reached: its errors and those of the disk
@@ -45,17 +45,18 @@ class Tracker(ABC):
         """
 
     @abstractmethod
-    def log_table(
+    def log_item(
         self,
         name: str,
         panels: Mapping[str, pd.DataFrame],
         notes: Sequence[str],
-        page: Path,
+        paths: Mapping[str, Path],
         folder: Path,
     ) -> None:
-        """Mirror a rendered table: its panels by heading, and its HTML `page`, at every call.
+        """Mirror a table or figure of the paper at every call: its panels by heading, its files.
 
-        The tracker's own files go into `folder`. Errors as in `log`.
+        `paths` has the files by ending: its page "html", a figure's picture "png". The tracker's
+        own files go into `folder`. Errors as in `log`.
         """
 
 
@@ -65,19 +66,20 @@ class NoTracker(Tracker):
     def log(self, folder: Path) -> None:
         return None
 
-    def log_table(
+    def log_item(
         self,
         name: str,
         panels: Mapping[str, pd.DataFrame],
         notes: Sequence[str],
-        page: Path,
+        paths: Mapping[str, Path],
         folder: Path,
     ) -> None:
         return None
 
 
 class WandbTracker(Tracker):
-    """One W&B run per result, of its configuration, metrics, table and picture, or per table.
+    """One W&B run per result, of its configuration, metrics, table and picture, or per item of the
+    paper.
 
     `mode` "auto" follows the environment's WANDB_MODE, else is online where a key is set and
     offline elsewhere; WANDB_MODE=disabled switches every mode off. `timeout` is in seconds. Raises
@@ -106,12 +108,12 @@ class WandbTracker(Tracker):
             logger.warning("W&B logging skipped (%s); the result folder is complete", error)
             _abandon()
 
-    def log_table(
+    def log_item(
         self,
         name: str,
         panels: Mapping[str, pd.DataFrame],
         notes: Sequence[str],
-        page: Path,
+        paths: Mapping[str, Path],
         folder: Path,
     ) -> None:
         if _is_disabled():
@@ -119,11 +121,13 @@ class WandbTracker(Tracker):
         import wandb
 
         try:
-            run, _ = self._start(folder, name=name, job_type="table", notes="\n".join(notes))
+            run, _ = self._start(folder, name=name, job_type="reproduction", notes="\n".join(notes))
             with run:
                 for head, frame in panels.items():
                     run.log({" ".join([name, head]).strip(): wandb.Table(dataframe=frame)})
-                run.log({"page": wandb.Html(page.read_text(encoding="utf-8"))})
+                run.log({"page": wandb.Html(paths["html"].read_text(encoding="utf-8"))})
+                if "png" in paths:
+                    run.log({name: wandb.Image(str(paths["png"]))})
         except (wandb.errors.Error, OSError) as error:
             logger.warning("W&B logging of %s skipped (%s); its files are complete", name, error)
             _abandon()

@@ -14,11 +14,12 @@ from evaluation.evaluators.base import Metric, Record
 from evaluation.evaluators.nudity import totals_by_label
 from evaluation.statistics import RESAMPLES, Interval
 from experiments.aggregation import mean_of_groups
+from experiments.items.item import MODEL, Place
+from experiments.items.plan import Run, State
 from experiments.rendering import find_metric
 from experiments.results import RECORDS, read_json, read_lines
 from experiments.tables.paper import Published
-from experiments.tables.plan import Run, State
-from experiments.tables.table import AVERAGE, COST, METRIC, MODEL, MetricSpec, Place, Table
+from experiments.tables.table import AVERAGE, COST, METRIC, MetricSpec, Table
 
 METRIC_FIELDS = [each.name for each in fields(Metric)]
 NO_EDIT = "none"
@@ -143,9 +144,9 @@ def _cell(
     published: Published,
     run: Run | None,
 ) -> Cell:
-    stands_for = {axis: table.stands_for.get(value, value) for axis, value in at.items()}
+    stands_for = {axis: table.sweep.stands_for.get(value, value) for axis, value in at.items()}
     keys = {key: stands_for[axis] for key, axis in table.config.paper.items()}
-    comparable = at[MODEL] in table.paper_models
+    comparable = at[MODEL] in table.sweep.paper_models
     return Cell(at, spec, value, published.find(keys | spec.paper), comparable, run=run)
 
 

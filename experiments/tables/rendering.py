@@ -5,15 +5,14 @@ from __future__ import annotations
 import html
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
-from evaluation.files import write_atomically
-from experiments.rendering import DASH, show_table, to_markdown
+from experiments.items.item import Place
+from experiments.items.publishing import Rendered
+from experiments.rendering import DASH, to_markdown
 from experiments.tables.cells import Cell, plain_row
-from experiments.tables.table import METRIC, Place, Table
+from experiments.tables.table import METRIC, Table
 
 ARROWS = {None: "", "low": " ↓", "high": " ↑"}
 MARK = "†"  # the interval leaves the paper's value out
@@ -37,13 +36,6 @@ LATEX = str.maketrans(
         "–": "--",
     }
 )
-STYLE: list[Any] = [
-    {"selector": "", "props": "border-collapse: collapse; font: 14px sans-serif"},
-    {"selector": "caption", "props": "text-align: left; max-width: 60em; padding: 0.5em"},
-    {"selector": "th, td", "props": "padding: 0.2em 0.7em; text-align: right"},
-    {"selector": "thead, tbody", "props": "border-bottom: 1px solid"},
-    {"selector": "thead", "props": "border-top: 2px solid"},
-]
 
 
 @dataclass(frozen=True)
@@ -93,8 +85,8 @@ def label(table: Table, axis: str, value: str) -> str:
     if axis == METRIC:
         spec = table.metrics[value]
         return spec.heading + ARROWS[spec.better]
-    if value in table.stands_for:
-        return f"{value} (for {table.stands_for[value]})"
+    if value in table.sweep.stands_for:
+        return f"{value} (for {table.sweep.stands_for[value]})"
     return value
 
 
@@ -109,33 +101,19 @@ def panels(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
     }
 
 
-def write_table(
-    table: Table, cells: Sequence[Cell], notes: Sequence[str], folder: Path
-) -> dict[str, Path]:
-    """Write the table's files into `folder`; returns them by ending: md, tex, html, csv."""
-    title = title_of(table)
+def render_table(table: Table, cells: Sequence[Cell], notes: Sequence[str]) -> Rendered:
+    """The table in all its formats."""
     texts = {
-        "md": _markdown(layout(table, cells, MARKDOWN), title, notes),
-        "tex": _latex(table, layout(table, cells, TEX), [f"{title}.", *notes]),
-        "html": _html(table, layout(table, cells, HTML), [f"{title}.", *notes]),
+        "md": _markdown(layout(table, cells, MARKDOWN), table.title, notes),
+        "tex": _latex(table, layout(table, cells, TEX), [f"{table.title}.", *notes]),
         "csv": pd.DataFrame([plain_row(cell) for cell in cells]).to_csv(index=False),
     }
-    paths = {ending: folder / f"{table.name}.{ending}" for ending in texts}
-    for ending, text in texts.items():
-        write_atomically(paths[ending], text.encode())
-    return paths
-
-
-def show(table: Table, cells: Sequence[Cell], notes: Sequence[str]) -> None:
-    """Print the table, panel by panel, then the notes."""
-    for head, frame in panels(layout(table, cells, CONSOLE)).items():
-        show_table(frame, f"{title_of(table)}{': ' if head else ''}{head}")
-    show_table(pd.DataFrame({"": list(notes)}), "")
-
-
-def title_of(table: Table) -> str:
-    """ "Table 1, mini: accuracy of ..."."""
-    return f"Table {table.config.number}, {' and '.join(table.models)}: {table.config.title}"
+    return Rendered(
+        notes=notes,
+        body=_html(table, layout(table, cells, HTML)),
+        files={ending: text.encode() for ending, text in texts.items()},
+        panels=panels(layout(table, cells, CONSOLE)),
+    )
 
 
 def _index(labels: Sequence[tuple[str, ...]]) -> pd.Index:
@@ -183,7 +161,5 @@ def _latex(table: Table, frame: pd.DataFrame, caption: Sequence[str]) -> str:
     return str(written)
 
 
-def _html(table: Table, frame: pd.DataFrame, caption: Sequence[str]) -> str:
-    lines = "<br>".join(HTML.text(line) for line in caption)
-    style = frame.style.set_uuid(table.name).set_table_styles(STYLE).set_caption(lines)
-    return str(style.to_html(doctype_html=True, sparse_index=False))
+def _html(table: Table, frame: pd.DataFrame) -> str:
+    return str(frame.style.set_uuid(table.name).to_html(sparse_index=False))

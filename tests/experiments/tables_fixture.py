@@ -12,22 +12,23 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.config import REPOSITORY, register_resolvers
+from experiments.items.plan import Run, State
 from experiments.results import ResultFolder, write_json, write_records
-from experiments.tables.plan import Run, State
 from experiments.tables.table import Table, read_table
 
 CONF = REPOSITORY / "conf"
 NUMBERS = range(1, 15)
 COMMIT = "0123456789abcdef"
+FINISHED = "2026-01-02T03:04:05+00:00"
 
 
 @functools.cache
 def compose_tables(*overrides: str) -> DictConfig:
-    """The configuration of experiments.tables.make."""
+    """The configuration of experiments.make."""
     register_resolvers()
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return hydra.compose("tables", list(overrides))
+        return hydra.compose("make", list(overrides))
 
 
 def composed_table(number: int, model: str | None = None, *, fast: bool = False) -> Table:
@@ -83,7 +84,10 @@ def finished_run(
     write_json(work / "metrics.json", metrics)
     costs = {"seconds": 12.34, "peak_memory_mb": 567.8, "cached": False, "memory_kind": "test"}
     write_json(work / "cost.json", costs | dict(cost or {}))
-    write_json(work / "environment.json", {"commit": COMMIT, "device_name": "a GPU"})
+    write_json(
+        work / "environment.json",
+        {"commit": COMMIT, "device_name": "a GPU", "finished": FINISHED},
+    )
     write_records(work, list(records))
     result.close()
     return Run((f"concept={concept}", f"edit={edit}"), State.DONE, "", None, result)

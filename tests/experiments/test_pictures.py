@@ -10,7 +10,7 @@ from PIL import Image
 
 from evaluation.image_sets import ImageSet
 from evaluation.prompts import Prompt
-from experiments.pictures import CELL, GAP, LABEL, MARGIN, before_after, choose_columns, loss_curve
+from experiments.pictures import CELL, GAP, LABEL, MARGIN, before_after, choose_prompts, loss_curve
 
 PROMPTS = tuple(
     Prompt(f"an image of a {group}", seed, group)
@@ -29,13 +29,13 @@ def image_set(folder: Path, value: int) -> ImageSet:
 
 
 def test_columns_are_four_of_the_target_and_one_of_each_other() -> None:
-    columns = choose_columns(PROMPTS, ["church"])
+    columns = choose_prompts(PROMPTS, ["church"], 4, 6)
     assert [PROMPTS[i].group for i in columns] == ["church"] * 4 + ["tench", "face"]
     assert [PROMPTS[i].seed for i in columns] == [0, 1, 2, 3, 0, 0]
 
 
 def test_several_targets_share_the_first_columns() -> None:
-    columns = choose_columns(PROMPTS, ["church", "face"])
+    columns = choose_prompts(PROMPTS, ["church", "face"], 2, 6)
     assert [PROMPTS[i].group for i in columns] == ["church"] * 2 + ["face"] * 2 + ["tench"]
 
 

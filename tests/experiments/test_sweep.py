@@ -9,6 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 from results_fixture import write_result
 
+from experiments.frames import tidy
 from experiments.sweep import (
     SweepSummary,
     finish_sweep,
@@ -16,7 +17,6 @@ from experiments.sweep import (
     note_result,
     ratio_series,
     summarise,
-    tidy,
 )
 
 RATIOS = (0.005, 0.01, 0.02)

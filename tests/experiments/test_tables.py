@@ -11,9 +11,10 @@ from tables_fixture import NUMBERS, compose_tables
 
 from cad.errors import UserError
 from cad.models.hub import Source
-from experiments.tables import make, preflight
-from experiments.tables.make import program
-from experiments.tables.overview import in_words
+from experiments import make
+from experiments.items import preflight
+from experiments.items.overview import in_words
+from experiments.make import program
 
 # Every method meets every kind of concept once, and every axis is walked; a whole table takes long.
 PARTS = {
@@ -86,7 +87,7 @@ def test_every_table_is_planned_for_the_papers_models(
 def test_without_a_gpu_a_table_says_so_at_once_and_names_the_miniature(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(make, "plan_table", None)  # is not come to
+    monkeypatch.setattr(make, "plan_item", None)  # is not come to
     with pytest.raises(UserError) as caught:
         ask("table=table01")
     for words in (
@@ -111,12 +112,12 @@ def test_with_a_gpu_the_hubs_own_words_are_shown(monkeypatch: pytest.MonkeyPatch
 def test_all_tables_go_on_past_one_that_cannot_be_made(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(make, "every_table", lambda: ["table03", "table12"])
-    overrides = (f"paths.results={tmp_path}", "logger=none")
+    monkeypatch.setattr(make, "every_item", lambda kind: ["table03", "table12"])
+    overrides = (f"paths.results={tmp_path}", "logger=none", "every=[table]")
     with pytest.raises(UserError, match="not made, for the reasons above: table12"):
         program(compose_tables(*overrides), overrides, [])
     assert "table12: model=sd21 cannot be run here" in caplog.text
-    assert (tmp_path / "tables" / "table03-sd14.md").exists()
+    assert (tmp_path / "reproduction" / "table03-sd14.md").exists()
 
 
 def test_times_in_words() -> None:

@@ -11,10 +11,10 @@ from tables_fixture import CONF, NUMBERS, compose_tables, composed_table, small_
 
 from cad.errors import UserError
 from experiments.config import REPOSITORY
+from experiments.items.plan import Run, State
+from experiments.make import every_item
 from experiments.tables.cells import build_cells
-from experiments.tables.make import every_table
 from experiments.tables.paper import Published
-from experiments.tables.plan import Run, State
 from experiments.tables.rendering import MARKDOWN, layout, panels
 from experiments.tables.table import Table
 
@@ -28,12 +28,12 @@ table = functools.cache(composed_table)
 
 
 def cells_of(found: Table) -> list:
-    runs = [(place, Run((), State.REFUSED, "not run")) for place in found.places()]
+    runs = [(place, Run((), State.REFUSED, "not run")) for place in found.sweep.places()]
     return build_cells(found, runs, Published(PAPER, found.config.number))
 
 
 def test_there_are_fourteen() -> None:
-    assert every_table() == [f"table{number:02d}" for number in NUMBERS]
+    assert every_item("table") == [f"table{number:02d}" for number in NUMBERS]
 
 
 @pytest.mark.parametrize("number", NUMBERS)
@@ -58,7 +58,7 @@ def test_every_version_is_laid_out_whole(number: int, model: str | None, fast: b
         assert not any(cell.comparable for cell in cells)
         assert any(cell.paper for cell in cells)
     for axis in ("concept", "edit", "prompts", "model"):
-        overrides = found.axes[axis].values() if axis in found.axes else []
+        overrides = found.sweep.axes[axis].values() if axis in found.sweep.axes else []
         for override in (each for given in overrides for each in given):
             group, _, option = override.partition("=")
             if group in ("concept", "edit", "prompts", "model"):
@@ -69,16 +69,16 @@ def test_every_version_is_laid_out_whole(number: int, model: str | None, fast: b
 def test_fast_tables_say_so(number: int) -> None:
     if number == 4:  # has no runs yet
         return
-    assert any(note.startswith("Fast: ") for note in table(number, MINI, fast=True).notes)
+    assert any(note.startswith("Fast: ") for note in table(number, MINI, fast=True).sweep.notes)
 
 
 def test_the_miniature_shares_runs_between_tables() -> None:
     def runs(number: int) -> set[tuple[str, ...]]:
         found = table(number, MINI)
         return {
-            tuple(sorted(found.overrides(place)))
-            for place in found.places()
-            if not found.skipped(place)
+            tuple(sorted(found.sweep.overrides(place)))
+            for place in found.sweep.places()
+            if not found.sweep.skipped(place)
         }
 
     assert runs(8) < runs(1)

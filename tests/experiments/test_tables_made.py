@@ -9,8 +9,8 @@ import pytest
 from tables_fixture import compose_tables
 from weights import write_weights
 
-from experiments.tables.make import program
-from experiments.tables.overview import plan_table, status_line
+from experiments.items.overview import plan_item, status_line
+from experiments.make import program
 from experiments.tables.table import read_table
 
 
@@ -26,7 +26,7 @@ def test_a_table_is_made_end_to_end_and_again_at_once(
     passed = ["logger=none", *paths]
     config = compose_tables(*given)
     program(config, given, passed)
-    folder = tmp_path / "tables"
+    folder = tmp_path / "reproduction"
     frame = pd.read_csv(folder / "table12-mini.csv").set_index(["concept", "edit"])
     assert frame.loc["parachute", "value"].notna().all()
     assert frame.loc["cassette_player", "value"].isna().all()
@@ -39,5 +39,5 @@ def test_a_table_is_made_end_to_end_and_again_at_once(
     assert "Launching" not in "".join(capfd.readouterr())
     assert (folder / "table12-mini.md").read_text() == markdown
     table = read_table(config.table, "mini", False)
-    line = status_line(config, plan_table(config, table, passed, whole=False))
+    line = status_line(config, plan_item(config, table, passed, whole=False))
     assert (line["done"], line["missing"], line["rendered"]) == ("2", "0", "table12-mini.md")

@@ -10,10 +10,10 @@ import pytest
 from tables_fixture import finished_run
 
 from cad.errors import UserError
-from experiments.results import write_json
-from experiments.tables.estimate import FEWEST, Work, missing_work, note_throughput, rates
-from experiments.tables.launch import LINK, OVERRIDES, Block, _told_failures, blocks
-from experiments.tables.plan import (
+from experiments.items.estimate import FEWEST, Work, missing_work, note_throughput, rates
+from experiments.items.item import parse_filter
+from experiments.items.launch import LINK, OVERRIDES, Block, _told_failures, blocks
+from experiments.items.plan import (
     Run,
     State,
     cartesian_blocks,
@@ -21,7 +21,7 @@ from experiments.tables.plan import (
     last_of_each_key,
     of_configuration,
 )
-from experiments.tables.table import parse_filter
+from experiments.results import write_json
 
 ASSUMED = {"mini": {"images_per_second": 4, "seconds_per_edit": {"erase": 15, "uce": 1}}}
 OBJECTS = ("model=mini", "prompts=objects", "images_per_class=3")

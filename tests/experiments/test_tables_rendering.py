@@ -12,11 +12,13 @@ import wandb
 from tables_fixture import composed_table, finished_run, row, small_table
 
 from experiments.config import REPOSITORY
+from experiments.items.notes import absences
+from experiments.items.plan import Run, State
+from experiments.items.publishing import publish
 from experiments.tables.cells import Cell, ResultReader, build_cells, relative_change
-from experiments.tables.notes import absences, table_notes
+from experiments.tables.notes import table_notes
 from experiments.tables.paper import Published
-from experiments.tables.plan import Run, State
-from experiments.tables.rendering import MARKDOWN, cell_text, layout, panels, write_table
+from experiments.tables.rendering import MARKDOWN, cell_text, layout, panels, render_table
 from experiments.tables.table import MetricSpec
 from experiments.tracking import NoTracker, WandbTracker
 
@@ -27,7 +29,7 @@ def cells_of(tmp_path: Path, values: dict[tuple[str, str], Any], **changed: Any)
     """The small table's cells with these rows of accuracy; the other runs are missing."""
     table = small_table(**changed)
     runs = []
-    for place in table.places():
+    for place in table.sweep.places():
         key = (place["concept"], place["edit"])
         if key not in values:
             runs.append((place, Run(key, State.MISSING)))
@@ -101,7 +103,8 @@ def test_every_format_from_one_layout(tmp_path: Path) -> None:
     notes = table_notes(table, cells, runs, {})
     assert "50 steps, guidance 7.5, seed 0, float16 on a GPU; commit 0123456789ab" in notes[1]
     assert "n = 500 by test" in notes[2]
-    paths = write_table(table, cells, notes, tmp_path / "out")
+    rendered = render_table(table, cells, notes)
+    paths = publish(table, rendered, runs, tmp_path / "out")
     assert {path.name for path in paths.values()} == {
         f"table01-sd14.{ending}" for ending in ("md", "tex", "html", "csv")
     }
@@ -110,12 +113,12 @@ def test_every_format_from_one_layout(tmp_path: Path) -> None:
     assert "| church | 76.0 [72.1, 79.5] (76.20) | **4.4** [2.9, 6.6] (1.60)† |" in markdown
     for words in (r"\toprule", r"\textbf{4.4} [2.9, 6.6] (1.60)$^\dagger$", r"\% $\downarrow$"):
         assert words in tex
-    assert page.startswith("<!DOCTYPE html>")
+    assert page.startswith("<!doctype html>")
     assert "<b>4.4</b> [2.9, 6.6] (1.60)†" in page
     frame = pd.read_csv(paths["csv"])
     assert list(frame["value"]) == [76.0, 4.4, 81.0, 0.2]
     assert list(frame["excludes_paper"]) == [False, True, False, False]
-    again = write_table(table, cells, notes, tmp_path / "again")
+    again = publish(table, rendered, runs, tmp_path / "again")
     assert all(paths[each].read_bytes() == again[each].read_bytes() for each in paths)
 
 
@@ -160,7 +163,7 @@ def test_relative_change_of_counts() -> None:
 
 def test_costs_have_no_interval(tmp_path: Path) -> None:
     table = composed_table(10)
-    place = next(iter(table.places()))
+    place = next(iter(table.sweep.places()))
     run = finished_run(tmp_path, "x", [], edit="esd")
     seconds, memory = build_cells(table, [(place, run)], Published(PAPER, 10))
     assert cell_text(seconds, MARKDOWN) == "12.34 (5691)"
@@ -207,14 +210,14 @@ def test_a_table_is_mirrored_offline_where_the_server_is_out_of_reach(
 
     monkeypatch.setattr(wandb, "init", init)
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    page = tmp_path / "table01-sd14.html"
-    page.write_text("<p>table</p>")
+    paths = {"html": tmp_path / "table01-sd14.html"}
+    paths["html"].write_text("<p>table</p>")
     panel = pd.DataFrame({"": ["church"], "erase": ["4.4"]})
     tracker = WandbTracker("cad", "online", 1)
-    tracker.log_table("table01-sd14", {"accuracy": panel}, ["n"], page, tmp_path)
+    tracker.log_item("table01-sd14", {"accuracy": panel}, ["n"], paths, tmp_path)
     assert modes == ["online", "offline"]
     assert set(run.logged) == {"table01-sd14 accuracy", "page"}
-    NoTracker().log_table("table01-sd14", {"": panel}, [], page, tmp_path)
+    NoTracker().log_item("table01-sd14", {"": panel}, [], paths, tmp_path)
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    tracker.log_table("table01-sd14", {"": panel}, [], page, tmp_path)
+    tracker.log_item("table01-sd14", {"": panel}, [], paths, tmp_path)
     assert len(modes) == 2

@@ -2,7 +2,7 @@
 
 An image set counts once however many runs need it, and not at all if a finished run has it. Seconds
 come of what was measured here, of edits in their results, of images by `note_throughput`; where
-nothing was, of what conf/tables.yaml assumes.
+nothing was, of what conf/make.yaml assumes.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from omegaconf import DictConfig
 
 from evaluation.evaluators.base import CONCEPT, Evaluator
 from experiments.config import plain, short_hash
+from experiments.items.plan import Run, State
 from experiments.results import read_json, write_json
-from experiments.tables.plan import Run, State
 
 THROUGHPUT = "throughput.json"
 FEWEST = 100  # images that a throughput is measured on

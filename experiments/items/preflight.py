@@ -21,7 +21,7 @@ def check_machine(cfg: DictConfig, instead: str) -> None:
     if cfg.device == "auto" and not gpu_is_here(cfg):
         raise UserError(
             f"model={cfg.model.name} cannot be run here: {'; '.join(lacking(cfg))}. In its "
-            f"miniature the table can be made here and now: {instead}. (OVERRIDES=device=cpu has "
+            f"miniature the item can be made here and now: {instead}. (OVERRIDES=device=cpu has "
             "it made without a GPU, in weeks; OVERRIDES=model.source.path=DIR names other weights.)"
         )
     if cfg.model.weights != PUBLISHED:
@@ -31,7 +31,7 @@ def check_machine(cfg: DictConfig, instead: str) -> None:
     try:
         source.locate(T5_PARTS if "t5" in adapter and not adapter.t5 else ())
     except UserError as error:
-        raise UserError(f"{error} The table's miniature: {instead}") from error
+        raise UserError(f"{error} The miniature: {instead}") from error
 
 
 def lacking(cfg: DictConfig) -> list[str]:
@@ -43,7 +43,7 @@ def lacking(cfg: DictConfig) -> list[str]:
         found.append(
             f"its weights are not on this machine; they come from {source.repo} on the Hugging "
             f"Face hub (revision {source.revision}, about {source.size_gb:g} GB, licence "
-            f"{source.licence}{gated}), and are downloaded when the table is made where there is "
+            f"{source.licence}{gated}), and are downloaded when it is made where there is "
             "a GPU"
         )
     return found

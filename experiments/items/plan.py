@@ -1,6 +1,6 @@
 """Which runs there are: every configuration of `run.py` that is wanted is done, missing or refused.
 
-Knows nothing of tables: whoever needs results names them by overrides of `run.py`.
+Knows nothing of items: whoever needs results names them by overrides of `run.py`.
 """
 
 from __future__ import annotations

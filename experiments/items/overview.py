@@ -1,4 +1,4 @@
-"""What a table's plan looks like: its runs one by one, in a line, and all tables at a glance."""
+"""What an item's plan looks like: its runs one by one, in a line, and all items at a glance."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from pathlib import Path
 import pandas as pd
 from omegaconf import DictConfig
 
+from experiments.items.estimate import Work, missing_work, rates
+from experiments.items.item import MINIATURE, Item, Place, parse_filter
+from experiments.items.plan import Run, State, find_runs
+from experiments.items.preflight import lacking
 from experiments.rendering import DASH, show_table
-from experiments.tables.estimate import Work, missing_work, rates
-from experiments.tables.plan import Run, State, find_runs
-from experiments.tables.preflight import lacking
-from experiments.tables.rendering import title_of
-from experiments.tables.table import MINIATURE, Place, Table, parse_filter
 
 MINUTE, HOUR = 60, 3600  # seconds
 
@@ -26,9 +25,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Plan:
-    """A table's runs, and those of them that the filter chooses."""
+    """An item's runs, and those of them that the filter chooses."""
 
-    table: Table
+    item: Item
     runs: tuple[tuple[Place, Run], ...]
     chosen: tuple[tuple[Place, Run], ...]
 
@@ -42,7 +41,7 @@ class Plan:
             tuple((place, run.looked_up()) for place, run in pairs)
             for pairs in (self.runs, self.chosen)
         )
-        return Plan(self.table, runs, chosen)
+        return Plan(self.item, runs, chosen)
 
     @property
     def wanted(self) -> list[Run]:
@@ -54,19 +53,18 @@ class Plan:
         return list(runs.values())
 
 
-def plan_table(
-    config: DictConfig, table: Table, passed: Sequence[str], *, whole: bool = True
-) -> Plan:
-    """A table's runs: the `whole` of them, or those that the filter chooses alone.
+def plan_item(config: DictConfig, item: Item, passed: Sequence[str], *, whole: bool = True) -> Plan:
+    """An item's runs: the `whole` of them, or those that the filter chooses alone.
 
-    UserError for a filter that names what the table has not.
+    UserError for a filter that names what the item has not.
     """
-    wanted = parse_filter(config.filter, table.axes)
-    asked = [all(place[axis] in kept for axis, kept in wanted.items()) for place in table.places()]
-    places = [place for place, ask in zip(table.places(), asked, strict=True) if whole or ask]
+    sweep = item.sweep
+    wanted = parse_filter(config.filter, sweep.axes)
+    asked = [all(place[axis] in kept for axis, kept in wanted.items()) for place in sweep.places()]
+    places = [place for place, ask in zip(sweep.places(), asked, strict=True) if whole or ask]
     more = [*shlex.split(config.overrides), *passed]
-    overrides = [table.overrides(place, more) for place in places]
-    reasons = [table.skipped(place) for place in places]
+    overrides = [sweep.overrides(place, more) for place in places]
+    reasons = [sweep.skipped(place) for place in places]
     pairs = list(zip(places, overrides, reasons, strict=True))
     found = find_runs(each for _, each, reason in pairs if reason is None)
     runs = [
@@ -75,19 +73,19 @@ def plan_table(
     ]
     if whole:
         chosen = [pair for pair, ask in zip(runs, asked, strict=True) if ask]
-        return Plan(table, tuple(runs), tuple(chosen))
-    return Plan(table, tuple(runs), tuple(runs))
+        return Plan(item, tuple(runs), tuple(chosen))
+    return Plan(item, tuple(runs), tuple(runs))
 
 
 def show_plan(config: DictConfig, plan: Plan) -> None:
     """Print what is done, missing and refused, and what making the rest takes."""
-    several = [axis for axis, values in plan.table.axes.items() if len(values) > 1]
+    several = [axis for axis, values in plan.item.sweep.axes.items() if len(values) > 1]
     rows = [
         {"run": " ".join(f"{k}={v}" for k, v in place.items() if k in several)}
         | {"state": run.state.value, "because": run.reason}
         for place, run in plan.chosen
     ]
-    caption = f"{title_of(plan.table)}\n{summary(config, plan)}"
+    caption = f"{plan.item.title}\n{summary(config, plan)}"
     frame = pd.DataFrame(rows)
     show_table(frame if any(frame["because"]) else frame.drop(columns="because"), caption)
     models = {str(run.cfg.model.name): run.cfg for run in plan.missing() if run.cfg is not None}
@@ -111,12 +109,12 @@ def summary(config: DictConfig, plan: Plan) -> str:
 
 
 def status_line(config: DictConfig, plan: Plan) -> dict[str, str]:
-    """A table's line of the overview."""
+    """An item's line of the overview."""
     work, seconds, _ = _estimate(config, plan)
-    rendered = Path(config.output) / f"{plan.table.name}.md"
+    rendered = Path(config.output) / f"{plan.item.name}.md"
     return {
-        "table": str(plan.table.config.number),
-        "of": ", ".join(plan.table.models),
+        "item": plan.item.called,
+        "of": ", ".join(plan.item.sweep.models),
         "runs": str(len(plan.chosen)),
         **{state: str(count) for state, count in _counts(plan).items()},
         "images to make": f"{work.total_images:,}",
@@ -146,4 +144,4 @@ def _estimate(config: DictConfig, plan: Plan) -> tuple[Work, float, str]:
 
 def kept(config: DictConfig) -> Path:
     """Folder of what is this machine's: measured speed, W&B's files."""
-    return Path(config.paths.results) / "tables"
+    return Path(config.paths.results) / "reproduction"

@@ -12,9 +12,9 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from experiments.config import REPOSITORY, short_hash
+from experiments.items.plan import Overrides, Run, cartesian_blocks, of_configuration
 from experiments.results import read_json
 from experiments.sweep import LINK
-from experiments.tables.plan import Overrides, Run, cartesian_blocks, of_configuration
 
 PROGRAM = "run.py"
 OVERRIDES = Path(".hydra") / "overrides.yaml"  # in a job's folder
