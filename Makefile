@@ -50,7 +50,7 @@ status: $(READY) ## of all tables and figures: runs done and missing; MODEL=mini
 	$(MAKE_ITEM) status=true $(OPTIONS)
 
 report: $(READY) ## every table and figure that was made, in one HTML page; MODEL=mini
-	$(BIN)/python -m experiments.report $(if $(MODEL),model=$(MODEL)) $(ARGS)
+	$(BIN)/python -m experiments.report $(if $(MODEL),only=$(MODEL)) $(ARGS)
 
 bench: $(READY) ## time and memory of every edit, and images per second, at full size on random weights; WEIGHTS=random-small tries it anywhere
 	$(BIN)/python -m experiments.benchmarks.editing weights=$(WEIGHTS) $(ARGS)

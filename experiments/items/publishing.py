@@ -69,10 +69,10 @@ def publish(item: Item, rendered: Rendered, runs: Sequence[Run], folder: Path) -
 
 
 def published(folder: Path) -> list[dict[str, Any]]:
-    """The facts of every item in a folder, tables first, by number."""
+    """The facts of every item in a folder: tables, numbered figures, then the others."""
     facts = [read_json(path) for path in sorted(folder.glob("*.json"))]
     items = [each for each in facts if "kind" in each]
-    return sorted(items, key=lambda each: each["kind"] == "figure")
+    return sorted(items, key=lambda each: (each["kind"] != "table", "Figure" not in each["called"]))
 
 
 def read_section(folder: Path, facts: Mapping[str, Any]) -> Section:
