@@ -34,6 +34,22 @@ def test_by_hand(ratio, per, sign, expected):
     assert Selection(ratio, per).indices({"w": scores}, sign)["w"].tolist() == expected
 
 
+def test_all_weights_compete_for_one_budget_per_model():
+    scores = {"a": torch.tensor([[5.0, 1.0], [-3.0, 2.0]]), "b": torch.tensor([[4.0, -9.0, 3.0]])}
+    top = Selection(0.43, "model").indices(scores)  # floor(3.01) = 3 of 7
+    assert {name: found.tolist() for name, found in top.items()} == {"a": [0], "b": [0, 2]}
+    low = Selection(0.15, "model").indices(scores, -1)
+    assert {name: found.tolist() for name, found in low.items()} == {"b": [1]}
+    everything = Selection(1.0, "model").indices(scores)  # the positive ones
+    assert {name: found.tolist() for name, found in everything.items()} == {
+        "a": [0, 1, 3],
+        "b": [0, 2],
+    }
+    Selection(0.15, "model").check(scores)
+    with pytest.raises(UserError, match=r"at least 0\.143"):
+        Selection(0.1, "model").check(scores)
+
+
 def test_weights_without_a_choice_are_left_out():
     assert Selection(0.5).indices({"w": -torch.ones(2, 4)}) == {}
     assert Selection(0.2).indices({"w": torch.ones(2, 4)}) == {}  # floor(0.8) = 0
