@@ -1,4 +1,4 @@
-"""Every table and figure that was made, in one HTML page that needs no other file.
+"""Every table and figure that was made, in one HTML page that needs no other file, and an index.
 
     python -m experiments.report only=mini      (make report MODEL=mini)
 
@@ -37,6 +37,8 @@ PAPERS = (
     "interval, and DEVIATIONS.md in the repository lists where the suite departs from it."
 )
 
+INDEX = "README.md"
+
 log = logging.getLogger(__name__)
 
 register_resolvers()
@@ -50,7 +52,7 @@ def main(config: DictConfig) -> None:
 def write_report(folder: Path, model: str | None) -> Path:
     """Write report.html, or report-MODEL.html of one model's items, into the items' own folder.
 
-    Raises UserError where there are none.
+    Beside it README.md, an index of the items' own markdown. Raises UserError where there are none.
     """
     items = [each for each in published(folder) if model is None or model in each["models"]]
     if not items:
@@ -62,6 +64,12 @@ def write_report(folder: Path, model: str | None) -> Path:
     sections = [_with_progress(read_section(folder, facts), facts) for facts in items]
     path = folder / ("report.html" if model is None else f"report-{model}.html")
     write_atomically(path, page(TITLE, sections, lead(items)).encode())
+    links = [
+        f"- [{section.called}]({section.name}.md): {_subject(facts)}"
+        for section, facts in zip(sections, items, strict=True)
+    ]
+    index = "\n\n".join([f"# {TITLE}", *lead(items), "\n".join(links)])
+    write_atomically(folder / INDEX, f"{index}\n".encode())
     return path
 
 
@@ -89,6 +97,11 @@ def lead(items: Sequence[Mapping[str, Any]]) -> list[str]:
     papers = [model for model in models if model != MINIATURE]
     differs = [*([MINIATURES] if MINIATURE in models else []), *([PAPERS] if papers else [])]
     return [first.strip(), *differs]
+
+
+def _subject(facts: Mapping[str, Any]) -> str:
+    """An item's title without what it is called and of which model."""
+    return str(facts["title"]).partition(": ")[2]
 
 
 def _with_progress(section: Section, facts: Mapping[str, Any]) -> Section:

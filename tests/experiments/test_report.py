@@ -73,6 +73,9 @@ def test_the_report_holds_every_item_and_needs_no_other_file(tmp_path: Path) -> 
     assert "Table 1 (1 of 4 runs)" in page
     assert "a &lt;note&gt;" in page
     assert page.count("</section>") == 2
+    index = (folder / "README.md").read_text()
+    assert "- [Table 1 (1 of 4 runs)](table01-mini.md): accuracy" in index
+    assert "- [Figure 7](figure7-mini-fast.md): accuracy against the ratio" in index
     assert write_report(folder, None).read_text().count("</section>") == 2  # and not itself
 
 
