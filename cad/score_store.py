@@ -1,7 +1,8 @@
 """Attribution scores, kept on disk: a sweep over ratios costs one attribution.
 
 A file is addressed by the hash of everything that determines the scores and nothing else: model,
-prompts, objective, attribution settings (not ratio or selection), device and libraries.
+prompts, objective, attribution settings (not ratio or selection), device and libraries. Of several
+processes that need the same scores one computes them, and the others wait (`cad.locks`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from cad.attribution import Attribution
 from cad.digests import settings_digest, tensors_digest
 from cad.files import atomic_path
 from cad.instrument import Cost, measure
+from cad.locks import locked
 from cad.models.base import DiffusionModel
 from cad.objectives import Objective
 from cad.runtime import describe_runtime
@@ -55,16 +57,20 @@ class ScoreStore:
     ) -> Scored:
         """Scores from the folder, or computed and kept there; `cost.cached` tells which.
 
-        At the attribution's place. Raises what `Attribution.scores` raises.
+        At the attribution's place. Waits for another process that computes them. Raises what
+        `Attribution.scores` raises, and UserError for a folder without locks.
         """
         path = self.path(model, objective, attribution)
-        if path.is_file():
-            try:
-                return self._read(path, attribution.place(model))
-            except (SafetensorError, LookupError, TypeError, ValueError) as error:
-                log.warning("the scores in %s are damaged (%s): computing them again", path, error)
-        scored = compute_scores(model, objective, attribution)
-        self._write(path, scored)
+        place = attribution.place(model)
+        kept = self._kept(path, place)
+        if kept is not None:
+            return kept
+        with locked(path.with_suffix(".lock"), "another process is computing these scores"):
+            kept = self._kept(path, place)
+            if kept is not None:
+                return kept
+            scored = compute_scores(model, objective, attribution)
+            self._write(path, scored)
         return scored
 
     def path(self, model: DiffusionModel, objective: Objective, attribution: Attribution) -> Path:
@@ -77,6 +83,16 @@ class ScoreStore:
             **describe_runtime(model.device),
         }
         return self.root / f"{settings_digest(key)}.safetensors"
+
+    def _kept(self, path: Path, device: torch.device) -> Scored | None:
+        """The scores in the file; None, with a warning if it is damaged, where there are none."""
+        if not path.is_file():
+            return None
+        try:
+            return self._read(path, device)
+        except (SafetensorError, LookupError, TypeError, ValueError) as error:
+            log.warning("the scores in %s are damaged (%s): computing them again", path, error)
+            return None
 
     def _read(self, path: Path, device: torch.device) -> Scored:
         with safe_open(path, framework="pt") as file:

@@ -13,7 +13,6 @@ folders copied together: each has its own records (`records-0-of-4.jsonl`), whic
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -27,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from cad import locks
 from cad.errors import UserError
 from evaluation.files import write_atomically
 from evaluation.prompts import Prompt
@@ -131,13 +131,14 @@ class ImageSet:
 def locked(images: ImageSet, shard: Shard) -> Iterator[None]:
     """Hold a set alone, or a shard of it beside others; waits for whoever holds it.
 
-    The locks go with the process, however that ends.
+    The locks go with the process, however that ends (`cad.locks`).
     """
-    with _locked(images.folder / LOCK_FILE, shared=not shard.is_whole):
+    held = f"another process is making {images.folder}"
+    with locks.locked(images.folder / LOCK_FILE, held, shared=not shard.is_whole):
         if shard.is_whole:
             yield
             return
-        with _locked(images.folder / f".lock-{shard.index}-of-{shard.count}"):
+        with locks.locked(images.folder / f".lock-{shard.index}-of-{shard.count}", held):
             yield
 
 
@@ -149,24 +150,9 @@ def join_shards(images: ImageSet) -> None:
     """
     if images.missing():
         return
-    with (images.folder / LOCK_FILE).open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return
-        verify(images)
-
-
-@contextmanager
-def _locked(path: Path, shared: bool = False) -> Iterator[None]:
-    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-    with path.open("w") as handle:
-        try:
-            fcntl.flock(handle, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("%s: another process is making this set, waiting for it", path.parent)
-            fcntl.flock(handle, kind)
-        yield
+    with locks.locked_if_free(images.folder / LOCK_FILE) as alone:
+        if alone:
+            verify(images)
 
 
 def record_line(index: int, prompt: Prompt, written: Written) -> str:
