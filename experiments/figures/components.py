@@ -99,7 +99,7 @@ def _bars(
     panel.axvline(0, color="black", linewidth=0.8)
     panel.xaxis.set_major_formatter(lambda value, _: f"{abs(value):g}")
     panel.set_xlabel("share of the top components, %: negative to the left, positive to the right")
-    panel.legend(fontsize="small", loc="lower right")
+    panel.legend(fontsize="small", loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
 
 
 def _largest(frame: pd.DataFrame) -> list[str]:
