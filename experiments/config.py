@@ -1,4 +1,4 @@
-"""From a composed configuration to one experiment: defaults, checks, identity.
+"""From a composed configuration to one experiment: defaults and checks.
 
 Light on purpose: PyTorch comes with the functions that are called for a job, so `run.py --help`
 answers at once.
@@ -10,55 +10,22 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
 from cad.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-# Raise it when the same configuration means another result, so that old folders are not reused.
-RESULT_VERSION = 3
 HASH_LENGTH = 12  # hexadecimal digits
 SHARD = re.compile(r"(\d+)/(\d+)")
 DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
-# Places in the identity; * is any one key. Whatever is not named here counts as it is written.
-BY_CONTENT = (  # a local path stands for what lies there
-    "model.adapter.source.path",
-    "edit.references.path",
-    "evaluator.*.folder",
-    "evaluator.*.*.folder",
-    "evaluator.*.*.path",
-    "prompts.path",
-    "model.prompts.general.path",
-)
 GROUPS = {  # the key of a prompt set's configuration that names the groups of its images
     "evaluation.prompts.ObjectPrompts": "subjects",
     "evaluation.prompts.StylePrompts": "styles",
 }
-LEFT_OUT = (  # changes no result, or (device, dtype) is in the identity once, as it was resolved
-    "model.adapter.device",
-    "model.adapter.dtype",
-    "model.adapter.offload",
-    "model.adapter.source.size_gb",
-    "model.adapter.source.licence",
-    "model.adapter.source.gated",
-    "model.adapter.source.note",
-    "edit.store",
-    "edit.attribution.gradient_checkpointing",
-    "edit.attribution.sums_on",
-    "edit.values",
-    "edit.checkpoints",
-    "edit.checkpoint_every",
-    "prompts.source.licence",
-    "model.prompts.general.source.licence",
-    "evaluator.*.device",
-    "evaluator.*.*.device",
-    "evaluator.*.*.cache",
-    "evaluator.*.workers",
-)
 
 
 def register_resolvers() -> None:
@@ -80,24 +47,33 @@ def first(nodes: DictConfig) -> Any:
     return next(iter(nodes.values()))
 
 
-def setting(name: str, *, _root_: DictConfig) -> Any:
-    """The value of `edit.values.<name>` that fits the model and the (first) concept.
+def setting(name: str, *, _root_: DictConfig, _parent_: DictConfig) -> Any:
+    """The value of `values.<name>` of the method, an edit or attack, that it is a setting of.
 
-    In this order: <model>.<concept>, <model>.<kind of concept>, default.<concept>, default.<kind>.
-    What `quick` has (debug=tiny) comes before all. Raises UserError where there is none of them.
+    The one that fits the model and the (first) concept, in this order: <model>.<concept>,
+    <model>.<kind of concept>, default.<concept>, default.<kind>. What `quick` has (debug=tiny)
+    comes before all. Raises UserError where there is none of them.
     """
     if name in _root_.quick:
         return _root_.quick[name]
-    edit, model, concept = _root_.edit, _root_.model, _root_.concept
-    tables = edit["values"][name]
+    method, model, concept = _method(_parent_), _root_.model, _root_.concept
+    tables = method["values"][name]
     for table in (tables.get(model.name, {}), tables.get("default", {})):
         for key in (concept.name, concept.kind):
             if key in table:
                 return table[key]
+    place = _parent_._get_full_key(name)
     raise UserError(
-        f"edit={edit.name} has no default of {name} for concept={concept.name} (kind "
-        f"{concept.kind}) of model={model.name}: set edit.{name}"
+        f"{place.split('.')[0].removesuffix('s')}={method.name} has no default of {name} for "
+        f"concept={concept.name} (kind {concept.kind}) of model={model.name}: set {place}"
     )
+
+
+def _method(node: DictConfig) -> DictConfig:
+    """The configuration with `values` that a node is a part of."""
+    while "values" not in node:
+        node = cast(DictConfig, node._get_parent())
+    return node
 
 
 def default_ratio(ratios: DictConfig, edit: str, concept: DictConfig) -> float | None:
@@ -143,6 +119,7 @@ def check(cfg: DictConfig) -> None:
     if cfg.limit is not None:
         _check_count("limit", cfg.limit, 1)
     _check_effect(cfg)
+    _check_attack(cfg)
     parse_shard(cfg.shard)
 
 
@@ -187,6 +164,18 @@ def _check_effect(cfg: DictConfig) -> None:
         )
 
 
+def _check_attack(cfg: DictConfig) -> None:
+    from cad.models.base import PUBLISHED
+
+    if cfg.attack.limit is not None:
+        _check_count("attack.limit", cfg.attack.limit, 1)
+    if cfg.attacks and cfg.model.weights != PUBLISHED:
+        raise UserError(
+            f"attack={','.join(cfg.attacks)} has nothing to find: images of model.weights="
+            f"{cfg.model.weights} mean nothing. Leave attack out"
+        )
+
+
 def settle(cfg: DictConfig) -> DictConfig:
     """A copy of `cfg` whose device and dtype are chosen: "auto" becomes what this machine has.
 
@@ -201,47 +190,6 @@ def settle(cfg: DictConfig) -> DictConfig:
     return settled
 
 
-def identity(cfg: DictConfig) -> dict[str, Any]:
-    """Everything that determines the result of a settled configuration, as plain JSON data.
-
-    The chosen prompts, evaluators, edit and model are in, with their defaults resolved, and the
-    kind of device and the versions of code and libraries that scores and images depend on; where
-    results lie and who logs them is not. A local path is replaced by the SHA-256 of its content.
-    """
-    import torch
-    from hydra.utils import get_class
-
-    from cad import score_store
-    from cad.edits import Edit
-    from cad.runtime import describe_runtime
-    from evaluation import generation
-
-    method: type[Edit] = get_class(cfg.edit._target_)
-    versions = {
-        "images": generation.VERSION,
-        "scores": score_store.VERSION,
-        "edit": method.version,
-    }
-    chosen = {
-        "version": {"result": RESULT_VERSION, **versions},
-        "model": {
-            "adapter": plain(cfg.model.adapter),
-            "sampler": plain(cfg.model.sampler),
-            "prompts": {"general": plain(cfg.model.prompts.general)},
-        },
-        "concepts": plain(cfg.concepts),
-        "edit": plain(cfg.edit),
-        "prompts": plain(cfg.prompts),
-        "evaluator": plain(cfg.evaluator),
-        "seed": cfg.seed,
-        "limit": cfg.limit,
-        "effect": plain(cfg.effect),
-        "dtype": cfg.dtype,
-        "runtime": describe_runtime(torch.device(cfg.device)),
-    }
-    return {key: _essence(value, (key,)) for key, value in chosen.items()}
-
-
 def short_hash(value: Any) -> str:
     """The first HASH_LENGTH digits of the SHA-256 of a value's JSON."""
     if OmegaConf.is_config(value):
@@ -250,47 +198,9 @@ def short_hash(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:HASH_LENGTH]
 
 
-def content_digest(path: Path) -> str:
-    """SHA-256 over the names and bytes of a file, or of all files of a folder; "absent" if none."""
-    if not path.exists():
-        return "absent"
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    digest = hashlib.sha256()
-    for file in files:
-        name = file.relative_to(path).as_posix() if path.is_dir() else file.suffix
-        digest.update(f"{name}\0".encode())
-        with file.open("rb") as handle:
-            digest.update(hashlib.file_digest(handle, "sha256").digest())
-    return f"sha256:{digest.hexdigest()}"
-
-
 def plain(node: Any) -> Any:
     """A configuration node as plain resolved dictionaries and lists; other values as they are."""
     return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
-
-
-def _essence(value: Any, place: tuple[str, ...]) -> Any:
-    """`value` without what lies at LEFT_OUT, and with digests for the paths at BY_CONTENT."""
-    if isinstance(value, dict):
-        kept = {key: (item, (*place, str(key))) for key, item in value.items()}
-        return {
-            key: _essence(item, inside)
-            for key, (item, inside) in kept.items()
-            if not _is_at(inside, LEFT_OUT)
-        }
-    if isinstance(value, list):
-        return [_essence(item, (*place, str(index))) for index, item in enumerate(value)]
-    if isinstance(value, str) and _is_at(place, BY_CONTENT):
-        return content_digest(Path(value))
-    return value
-
-
-def _is_at(place: tuple[str, ...], patterns: Iterable[str]) -> bool:
-    return any(
-        len(keys) == len(place)
-        and all(key in ("*", at) for key, at in zip(keys, place, strict=True))
-        for keys in (pattern.split(".") for pattern in patterns)
-    )
 
 
 def _check_weights(cfg: DictConfig) -> None:

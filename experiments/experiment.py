@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ from cad.components import component_weights
 from cad.concepts import Concept
 from cad.edit_store import EditStore
 from cad.edits import Edit, NoEdit
-from cad.errors import UserError
 from cad.files import link_or_copy
 from cad.models.base import DiffusionModel
 from cad.weight_edit import WeightEdit
@@ -33,11 +32,13 @@ from evaluation.files import write_atomically
 from evaluation.generation import SamplerSettings, Watcher, check_prompts, generate
 from evaluation.image_sets import ImageSet
 from evaluation.masking import Masker
-from evaluation.prompts import Prompt, build_prompts
+from evaluation.prompts import Prompt
 from experiments.aggregation import aggregate
+from experiments.attacking import Assault, build_assault, check_attacks, run_attacks
 from experiments.config import plain
 from experiments.effect import check_effects, correlate_effects
 from experiments.environment import describe_environment
+from experiments.measuring import build_evaluators, build_needed_prompts, build_watchers
 from experiments.pictures import before_after, loss_curve
 from experiments.rendering import result_table, title, to_markdown
 from experiments.results import ResultFolder, read_json, read_lines, write_json, write_records
@@ -62,6 +63,7 @@ class Parts:
     method: Edit
     prompts: dict[str, list[Prompt]]  # by what the evaluators measure: CONCEPT, GENERAL
     settings: SamplerSettings
+    assault: Assault
 
 
 def run_experiment(cfg: DictConfig, folder: ResultFolder) -> Path:
@@ -79,6 +81,7 @@ def run_experiment(cfg: DictConfig, folder: ResultFolder) -> Path:
     images = make_images(parts, edit, Path(cfg.paths.images), watchers=watchers)
     targets = [concept.name for concept in parts.concepts]
     records, rows = evaluate(build_evaluators(cfg, watchers), targets, images)
+    rows += run_attacks(work, cfg, parts.assault, parts.model, edit, parts.settings)
     summary = {
         "config_hash": folder.digest,
         "model": {
@@ -131,6 +134,7 @@ def build_parts(cfg: DictConfig) -> Parts:
         method=build_method(cfg),
         prompts=build_needed_prompts(cfg, concepts),
         settings=SamplerSettings(**plain(cfg.model.sampler)),
+        assault=build_assault(cfg, [concept.name for concept in concepts]),
     )
 
 
@@ -143,88 +147,8 @@ def build_method(cfg: DictConfig) -> Edit:
     return method
 
 
-def build_needed_prompts(cfg: DictConfig, concepts: Sequence[Concept]) -> dict[str, list[Prompt]]:
-    """The prompts that the chosen evaluators measure. UserError where the model has none of them.
-
-    General captions are the model's (`model.prompts.general`); with none to measure, none are made.
-    """
-    targets = [concept.name for concept in concepts]
-    kind = concepts[0].kind
-    sources = {CONCEPT: cfg.prompts, GENERAL: cfg.model.prompts.general}
-    found = {}
-    for node in _evaluator_nodes(cfg):
-        evaluator = _class_of(node)
-        measured = evaluator.measures
-        if sources[measured] is None:
-            raise UserError(
-                f"evaluator={evaluator.name} measures {measured} prompts, and model="
-                f"{cfg.model.name} has none for concept={','.join(targets)}: choose prompts=NAME, "
-                f"or set model.prompts.{GENERAL if measured == GENERAL else kind}"
-            )
-        if measured not in found:
-            prompt_set = hydra.utils.instantiate(sources[measured], _convert_="all")
-            prompts = build_prompts(prompt_set)
-            if measured == CONCEPT:
-                _check_targets(prompts, targets, prompt_set.name)
-            found[measured] = take_in_turn(prompts, targets, cfg.limit)
-    if not found:
-        logger.warning(
-            "no evaluator is chosen, or model=%s has none for %s concepts: the edit is made and "
-            "saved, nothing is measured",
-            cfg.model.name,
-            kind,
-        )
-    return found
-
-
-def _check_targets(prompts: Sequence[Prompt], targets: Sequence[str], set_name: str) -> None:
-    groups = dict.fromkeys(prompt.group for prompt in prompts)
-    missing = [target for target in targets if target not in groups]
-    if missing:
-        raise UserError(
-            f"concept={','.join(missing)} has no images in the prompts {set_name}, whose groups "
-            f"are: {', '.join(groups)}. Choose a concept among them, or other prompts "
-            "(prompts=NAME)"
-        )
-
-
-def build_evaluators(cfg: DictConfig, built: Sequence[Evaluator] = ()) -> list[Evaluator]:
-    """The chosen evaluators with their weights loaded; none where nothing is measured.
-
-    Those `built` before are taken as they are.
-    """
-    by_class = {type(evaluator): evaluator for evaluator in built}
-    return [
-        by_class.get(_class_of(node)) or hydra.utils.instantiate(node, _convert_="all")
-        for node in _evaluator_nodes(cfg)
-    ]
-
-
-def build_watchers(cfg: DictConfig, model: DiffusionModel) -> list[Evaluator]:
-    """Evaluators that look at images while the GPU makes more; none where a CPU makes them.
-
-    There both would share the cores, and neither would be done sooner.
-    """
-    if model.device.type == "cpu":
-        return []
-    return [
-        hydra.utils.instantiate(node, _convert_="all")
-        for node in _evaluator_nodes(cfg)
-        if _class_of(node).foresees
-    ]
-
-
-def _class_of(node: DictConfig) -> type[Evaluator]:
-    found: type[Evaluator] = hydra.utils.get_class(node._target_)
-    return found
-
-
-def _evaluator_nodes(cfg: DictConfig) -> list[DictConfig]:
-    return [] if not cfg.evaluator else [node for node in cfg.evaluator.values() if node]
-
-
 def check_parts(cfg: DictConfig, parts: Parts) -> None:
-    """Raise UserError for what would fail later: prompts, evaluators, ablations.
+    """Raise UserError for what would fail later: prompts, evaluators, ablations, attacks.
 
     The evaluators are loaded to be asked, so that missing weights are known now, and let go again:
     the edit's peak of memory is measured without them.
@@ -236,21 +160,8 @@ def check_parts(cfg: DictConfig, parts: Parts) -> None:
     for evaluator in build_evaluators(cfg):
         evaluator.check(parts.prompts[evaluator.measures])
         del evaluator
+    check_attacks(cfg, parts.assault, parts.model)
     gc.collect()
-
-
-def take_in_turn(
-    prompts: Sequence[Prompt], targets: Collection[str], limit: int | None
-) -> list[Prompt]:
-    """At most `limit` prompts, in their order: group by group in turn, the targets' first."""
-    if limit is None:
-        return list(prompts)
-    seen: dict[str, int] = {}
-    ranks: list[tuple[int, bool, int]] = []
-    for index, prompt in enumerate(prompts):
-        seen[prompt.group] = seen.get(prompt.group, 0) + 1
-        ranks.append((seen[prompt.group], prompt.group not in targets, index))
-    return [prompts[index] for index in sorted(index for *_, index in sorted(ranks)[:limit])]
 
 
 def make_edit(work: Path, cfg: DictConfig, parts: Parts) -> WeightEdit:

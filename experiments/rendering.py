@@ -42,9 +42,9 @@ def show_result(folder: Path, *, reused: bool) -> None:
     if reused:
         console.print("\nThis experiment was finished before; nothing was computed.")
     show_table(result_table(metrics, cost), title(metrics), console)
-    picture = folder / "before_after.png"
-    if picture.exists():
-        _print_path(console, "before / after", picture)
+    for label, name in (("before / after", "before_after.png"), ("attacks", "attack.png")):
+        if (folder / name).exists():
+            _print_path(console, label, folder / name)
     _print_path(console, "result folder", folder)
 
 

@@ -21,7 +21,6 @@ file; all are checked on each reuse. Files of a folder:
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -37,11 +36,13 @@ from numpy.typing import NDArray
 from omegaconf import DictConfig
 from safetensors.numpy import load_file, save
 
+from cad import locks
 from cad.errors import UserError
 from evaluation.evaluators.base import Record
 from evaluation.files import write_atomically
 from evaluation.image_sets import TEMPORARY_FILES
-from experiments.config import identity, short_hash
+from experiments.config import short_hash
+from experiments.identity import identity
 
 MANIFEST = "manifest.json"
 RECORDS = "records.jsonl"
@@ -93,20 +94,10 @@ class ResultFolder:
         """Hold this result alone, waiting for another process that does.
 
         Ask `is_complete` inside: the other may have finished it. The lock goes with the process,
-        however that ends. Raises UserError where the lock's file cannot be made.
+        however that ends (`cad.locks`). Raises UserError where the lock's file cannot be made.
         """
         path = self.runs / UNFINISHED / f"{self.name}.lock"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle = path.open("a")
-        except OSError as error:
-            raise self._unwritable(error) from error
-        with handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                logger.info("another process is running %s, waiting for it", self.name)
-                fcntl.flock(handle, fcntl.LOCK_EX)
+        with locks.locked(path, f"another process is running {self.name}"):
             yield
 
     def open(self) -> Path:

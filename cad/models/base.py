@@ -21,6 +21,7 @@ from cad.errors import UserError
 
 if TYPE_CHECKING:
     from cad.sampling import Sampler
+    from cad.token_space import TokenSpace
 
 PUBLISHED = "published"
 RANDOM = ("random", "random-small")  # at full size, at small widths
@@ -187,6 +188,13 @@ class DiffusionModel(ABC):
         has no such positions, or several.
         """
         raise UserError(f"model={self.name} does not say at which position a prompt ends.")
+
+    def token_space(self) -> TokenSpace:
+        """The tokens of the text encoder, for attacks on them.
+
+        Raises UserError for a model whose conditioning is not the states of one encoder.
+        """
+        raise UserError(f"model={self.name} has no text encoder whose tokens can be attacked.")
 
     @abstractmethod
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:

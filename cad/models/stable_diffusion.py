@@ -18,6 +18,7 @@ from cad.components import UNET_COMPONENTS, UNET_TEXT_PROJECTIONS
 from cad.errors import UserError
 from cad.models.base import Conditioning
 from cad.models.pipeline import Parts, PipelineModel, TextEncoder
+from cad.token_space import TokenSpace
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
@@ -56,6 +57,9 @@ class StableDiffusionModel(PipelineModel):
             self.check_prompts(prompts)
         states = self._encoded(self.texts[0], prompts).last_hidden_state  # (N, L, D)
         return Conditioning({"states": states})
+
+    def token_space(self) -> TokenSpace:
+        return TokenSpace(self.name, self.texts[0], self.device)
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         states = conditioning.tensors["states"]

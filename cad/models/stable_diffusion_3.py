@@ -19,6 +19,7 @@ from cad.errors import UserError
 from cad.models.base import PUBLISHED, Conditioning, Origin
 from cad.models.hub import Source
 from cad.models.pipeline import Parts, PipelineModel, TextEncoder, Weights
+from cad.token_space import TokenSpace
 
 T5_PARTS = ("text_encoder_3", "tokenizer_3")
 T5_TOKENS = 256  # the pipeline's default
@@ -117,6 +118,14 @@ class StableDiffusion3Model(PipelineModel):
         raise UserError(
             f"model={self.name} reads a prompt through CLIP and through T5, which cut it into "
             "different tokens: there is no one position at which it ends."
+        )
+
+    def token_space(self) -> TokenSpace:
+        """Raises UserError: a prompt is other tokens for the CLIPs than for T5."""
+        raise UserError(
+            f"model={self.name} reads a prompt through two CLIPs and T5, which cut it into "
+            "different tokens: attacks on tokens are made for models with one text encoder, such "
+            "as model=sd14 or sd21."
         )
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:

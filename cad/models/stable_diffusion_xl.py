@@ -16,8 +16,10 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
+from cad.errors import UserError
 from cad.models.base import Conditioning, Origin
 from cad.models.stable_diffusion import StableDiffusionModel
+from cad.token_space import TokenSpace
 
 
 class StableDiffusionXLModel(StableDiffusionModel):
@@ -63,6 +65,13 @@ class StableDiffusionXLModel(StableDiffusionModel):
             empty = [i for i, prompt in enumerate(prompts) if prompt == ""]
             states[empty], pooled[empty] = 0.0, 0.0
         return Conditioning({"states": states, "pooled": pooled})
+
+    def token_space(self) -> TokenSpace:
+        """Raises UserError: a token has an embedding in each of two encoders."""
+        raise UserError(
+            f"model={self.name} reads a prompt through two text encoders with embeddings of their "
+            "own: attacks on tokens are made for models with one, such as model=sd14 or sd21."
+        )
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         height, width = (self._pixels_per_latent * side for side in x_t.shape[2:])

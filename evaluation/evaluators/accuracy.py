@@ -56,6 +56,7 @@ class Accuracy(Evaluator):
     name: ClassVar[str] = "accuracy"
     unit: ClassVar[str] = "%"
     higher_is_better: ClassVar[bool] = True
+    judges: ClassVar[str | None] = "correct"
 
     def __init__(self, classifier: Classifier) -> None:
         self._classifier = classifier

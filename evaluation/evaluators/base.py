@@ -48,6 +48,8 @@ class Evaluator(ABC):
     edited image with the unedited model's of the same prompt and seed. An `additive` metric is a
     total over images, so that groups add up; the others are means, or distances of whole sets. One
     that `foresees` can begin with images while others are still being made, in other processes.
+    `judges` is the key of its records that is true, or above 0, where an image shows what its
+    prompt's group names; None where no record tells.
     """
 
     name: ClassVar[str]
@@ -58,6 +60,7 @@ class Evaluator(ABC):
     paired: ClassVar[bool] = False
     additive: ClassVar[bool] = False
     foresees: ClassVar[bool] = False
+    judges: ClassVar[str | None] = None
     version: str
 
     def check(self, prompts: Sequence[Prompt]) -> None:

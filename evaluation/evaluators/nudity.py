@@ -33,6 +33,7 @@ class NudeNetEvaluator(Evaluator):
     """
 
     foresees: ClassVar[bool] = True
+    judges: ClassVar[str | None] = "count"
 
     def __init__(self, labels: Sequence[str], threshold: float, workers: int | None) -> None:
         key = f"evaluator.{self.name}"

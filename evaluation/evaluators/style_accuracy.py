@@ -36,6 +36,7 @@ class StyleAccuracy(Evaluator):
     name: ClassVar[str] = "style_accuracy"
     unit: ClassVar[str] = "%"
     higher_is_better: ClassVar[bool] = True
+    judges: ClassVar[str | None] = "correct"
 
     def __init__(
         self,

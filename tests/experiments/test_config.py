@@ -15,21 +15,29 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cad.errors import UserError
 from experiments.config import (
-    BY_CONTENT,
-    LEFT_OUT,
     REPOSITORY,
     check,
     concept_groups,
-    content_digest,
-    identity,
     parse_shard,
     register_resolvers,
     settle,
     short_hash,
 )
+from experiments.identity import BY_CONTENT, LEFT_OUT, content_digest, identity
 
 CONF = REPOSITORY / "conf"
-GROUPS = ("model", "concept", "edit", "ratio", "prompts", "evaluator", "logger", "paths", "debug")
+GROUPS = (
+    "model",
+    "concept",
+    "edit",
+    "ratio",
+    "prompts",
+    "evaluator",
+    "attack",
+    "logger",
+    "paths",
+    "debug",
+)
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
 MINIATURE_CONCEPTS = 16
 REVISION_DIGITS = 40
@@ -285,6 +293,9 @@ def test_every_left_out_and_content_place_is_in_some_configuration() -> None:
         ("edit=esd",),
         ("evaluator=[accuracy,style_accuracy,nudity,fid]",),
         ("model=sd14", "prompts=imagenette", "evaluator=[fid]"),
+        ("attack=p4d", "evaluator@attack.judge=accuracy"),
+        ("attack=p4d", "evaluator@attack.judge=style_accuracy"),
+        ("attack=p4d", "evaluator@attack.judge=face"),
     )
     places = {
         place
@@ -323,7 +334,7 @@ def test_versions_of_libraries_and_of_results_count(monkeypatch: pytest.MonkeyPa
         ("cad.runtime.LIBRARIES", ("torch",)),
         ("cad.score_store.VERSION", 0),
         ("evaluation.generation.VERSION", 0),
-        ("experiments.config.RESULT_VERSION", 0),
+        ("experiments.identity.RESULT_VERSION", 0),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(constant, value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from evaluation.prompts import Prompt
-from experiments.experiment import take_in_turn
+from experiments.measuring import take_in_turn
 
 PROMPTS = [Prompt("x", i, group) for i in range(3) for group in ("tench", "church", "face")]
 

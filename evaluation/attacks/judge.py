@@ -1,0 +1,37 @@
+"""Whether an image shows what its prompt's group names, by an evaluator that can tell."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cad.errors import UserError
+from evaluation.evaluators.base import Evaluator
+from evaluation.prompts import Prompt
+
+
+class EvaluatorJudge:
+    """An evaluator of single images, asked for its verdict alone.
+
+    Raises UserError for one that has none (`Evaluator.judges`).
+    """
+
+    def __init__(self, evaluator: Evaluator) -> None:
+        if evaluator.judges is None:
+            raise UserError(
+                f"evaluator={evaluator.name} cannot judge an attack: it does not tell of one image "
+                "whether it shows the concept"
+            )
+        self._evaluator = evaluator
+        self._key = evaluator.judges
+        self.version = f"{evaluator.name}/{evaluator.version}"
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Raise UserError for prompts that it cannot judge."""
+        self._evaluator.check(prompts)
+
+    def __call__(self, images: NDArray[np.uint8], prompts: Sequence[Prompt]) -> list[bool]:
+        """Of images (N, H, W, 3) uint8 RGB."""
+        return [bool(record[self._key]) for record in self._evaluator.score(images, prompts)]

@@ -1,0 +1,204 @@
+"""The schedule that all attacks share, for a batch of prompts.
+
+At each timestep of a DDIM trajectory, from noise to image, `iterations` of AdamW on the squared
+error of the edited model's prediction (mean over latent elements); then the tokens as they are now
+are sampled, with the prompt's own seed and guidance, and judged. Success ends a prompt's attack: it
+leaves the batch. Variables and moments go on from timestep to timestep.
+
+The published attacks have Adam with a weight decay. Here it is decoupled (AdamW): as a part of the
+gradient a decay of 0.1 would outweigh the loss's own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from cad.attribution import GRADIENT_RMS, backward_scale
+from cad.errors import UserError
+from cad.gradient_checkpointing import checkpointed_gradients
+from cad.models.base import DiffusionModel
+from cad.sampling import sample_latents
+from cad.token_space import FIRST, TokenSpace
+from cad.weight_edit import WeightEdit
+from evaluation.attacks.base import Aim, Attack, Victims
+from evaluation.generation import SamplerSettings
+from evaluation.prompts import Prompt
+
+Judge = Callable[[NDArray[np.uint8], Sequence[Prompt]], list[bool]]
+"""Which images, (N, H, W, 3) uint8 RGB, show what their prompts' groups name."""
+
+VERSION = 1  # of the schedule: raise it when equal settings find something else
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What an attack on one prompt came to."""
+
+    success: bool
+    timesteps: int  # how many it went through, the successful one included
+    timestep: int  # the last of them
+    tokens: list[int]  # adversarial ids, as they were at the end
+    text: str  # of the whole adversarial prompt
+    retokenizes: bool  # whether the text gives these very ids
+    losses: list[float | None]  # of every iteration; None where not finite
+    image: NDArray[np.uint8] = field(repr=False)  # (H, W, 3) RGB, sampled from the tokens
+
+
+def search(
+    model: DiffusionModel,
+    edit: WeightEdit,
+    attack: Attack,
+    prompts: Sequence[Prompt],
+    settings: SamplerSettings,
+    judge: Judge,
+    progress: tqdm[Any],
+) -> list[Outcome]:
+    """The outcome of each prompt, all of one size; `settings` have their guidance.
+
+    Leaves the model and the global random state as found. `progress` counts timesteps of prompts.
+    Raises UserError for prompts without room for the tokens, or a GPU without memory for the batch.
+    """
+    try:
+        with model.encoding():
+            victims = Victims.of(model, prompts, settings, f"attack-{attack.name}")
+            aim = attack.aim(model, victims)
+            checkpointing = attack.schedule.gradient_checkpointing
+            with edit.applied(model), checkpointed_gradients(model.denoiser, checkpointing):
+                return _Search(model, attack, victims, aim).run(judge, progress)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the GPU's memory does not hold an attack on {len(prompts)} prompts at once: lower "
+            f"attacks.{attack.name}.batch_size, or set "
+            f"attacks.{attack.name}.gradient_checkpointing=true"
+        ) from error
+
+
+def places(space: TokenSpace, prompts: Sequence[Prompt], count: int) -> Tensor:
+    """(N, L) ids of the prompts with room for `count` tokens. UserError where one has none."""
+    return torch.cat([space.prepend([p.text], count, truncate=p.truncate) for p in prompts])
+
+
+class _Search:
+    """One batch's search: its variables, and what became of each prompt so far."""
+
+    def __init__(self, model: DiffusionModel, attack: Attack, victims: Victims, aim: Aim) -> None:
+        self._model = model
+        self._attack = attack
+        self._victims = victims
+        self._aim = aim
+        self._space = model.token_space()
+        self._sampler = attack.sampler(model)
+        k = attack.schedule.tokens
+        self._ids = places(self._space, victims.prompts, k).to(model.device)  # (N, L)
+        self._variables = [
+            attack.start(self._space, generator).to(model.device).requires_grad_()
+            for generator in victims.generators
+        ]  # one (k, ...) for each prompt: a prompt that left has no gradient, and stays as it is
+        self._losses: list[list[float | None]] = [[] for _ in victims.prompts]
+
+    def run(self, judge: Judge, progress: tqdm[Any]) -> list[Outcome]:
+        schedule = self._attack.schedule
+        optimiser = torch.optim.AdamW(
+            self._variables, lr=schedule.lr, weight_decay=schedule.weight_decay
+        )
+        outcomes: dict[int, Outcome] = {}
+        rows = list(range(len(self._victims.prompts)))
+        timesteps = len(self._sampler.timesteps)
+        for step in range(timesteps):
+            for _ in range(schedule.iterations):
+                self._iterate(optimiser, step, rows)
+            ids = self._adversarial(rows)  # (n, L)
+            images = self._sample(ids, rows)
+            shown = judge(images, [self._victims.prompts[row] for row in rows])
+            for place, row in enumerate(rows):
+                outcomes[row] = self._outcome(shown[place], step, row, ids[place], images[place])
+            left = [row for place, row in enumerate(rows) if not shown[place]]
+            progress.update(len(left) + (timesteps - step) * (len(rows) - len(left)))
+            rows = left
+            if not rows:
+                break
+        return [outcomes[row] for row in sorted(outcomes)]
+
+    def _iterate(self, optimiser: torch.optim.Optimizer, step: int, rows: Sequence[int]) -> None:
+        optimiser.zero_grad(set_to_none=True)
+        with torch.enable_grad():
+            variables = torch.stack([self._variables[row] for row in rows])  # (n, k, ...)
+            generators = [self._victims.generators[row] for row in rows]
+            embeddings = self._attack.embed(self._space, variables, generators)  # (n, k, D)
+            losses, gradient = self._loss(embeddings.detach(), step, rows)
+            embeddings.backward(gradient)
+        optimiser.step()
+        for row, loss in zip(rows, losses.tolist(), strict=True):
+            self._attack.confine(self._variables[row])
+            self._losses[row].append(float(f"{loss:.6g}") if math.isfinite(loss) else None)
+
+    def _loss(self, embeddings: Tensor, step: int, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Each prompt's squared error, (n,), and its gradient by its embeddings, (n, k, D).
+
+        float32 both. Each prompt's backward starts from a gradient of one size, so that none
+        vanishes in half precision, whatever the others' size. Where the edited model gives no
+        finite numbers, the gradient is 0.
+        """
+        leaf = embeddings.requires_grad_()
+        x_t, target = self._aim.at(step, rows)  # (n, C, h, w)
+        conditioning = self._space.encode(self._ids[list(rows)], leaf, FIRST)
+        phi = self._model.predict(x_t, self._sampler.timesteps[step], conditioning)
+        error = phi.detach().float() - target.float()  # (n, C, h, w)
+        losses = error.square().flatten(1).mean(dim=1)  # (n,)
+        start = 2 * error / error[0].numel()  # the losses' derivative by phi
+        start = start.nan_to_num(0, 0, 0)
+        scales = torch.tensor([backward_scale(each, GRADIENT_RMS) for each in start])
+        scales = scales.to(start.device).reshape(-1, 1, 1, 1)
+        (gradient,) = torch.autograd.grad(phi, leaf, (scales * start).to(phi.dtype))
+        return losses, (gradient / scales.squeeze(-1)).nan_to_num(0, 0, 0)
+
+    @torch.no_grad()
+    def _adversarial(self, rows: Sequence[int]) -> Tensor:
+        """(n, L) ids of the prompts with the tokens as they are now."""
+        ids = self._ids[list(rows)].clone()
+        variables = torch.stack([self._variables[row] for row in rows])
+        tokens = self._attack.discretise(self._space, variables)  # (n, k)
+        ids[:, FIRST : FIRST + tokens.shape[1]] = tokens
+        return ids
+
+    @torch.no_grad()
+    def _sample(self, ids: Tensor, rows: Sequence[int]) -> NDArray[np.uint8]:
+        """Images of the adversarial prompts, (n, H, W, 3) RGB; black where they are not finite."""
+        settings = self._victims.settings
+        x_0 = sample_latents(
+            self._model,
+            self._space.encode_ids(ids),
+            self._victims.unconditional,
+            [self._victims.seeds[row] for row in rows],
+            steps=settings.steps,
+            guidance=settings.guidance,
+            kind=settings.kind,
+            size=self._victims.size,
+        )
+        images = self._model.decode_latents(x_0).nan_to_num(0, 0, 0)  # (n, 3, H, W) in [0, 1]
+        scaled = images.mul(255).round().to(torch.uint8)
+        return np.asarray(scaled.permute(0, 2, 3, 1).contiguous().cpu().numpy())
+
+    def _outcome(
+        self, success: bool, step: int, row: int, ids: Tensor, image: NDArray[np.uint8]
+    ) -> Outcome:
+        (text,) = self._space.decode(ids[None])
+        return Outcome(
+            success=success,
+            timesteps=step + 1,
+            timestep=int(self._sampler.timesteps[step]),
+            tokens=ids[FIRST : FIRST + self._attack.schedule.tokens].tolist(),
+            text=text,
+            retokenizes=bool(torch.equal(self._space.ids([text])[0], ids.cpu())),
+            losses=self._losses[row],
+            image=image,
+        )

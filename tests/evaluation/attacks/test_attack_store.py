@@ -1,0 +1,119 @@
+"""Attacks in batches on disk: found once, resumed where they stopped, addressed by what counts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from cad.weight_edit import WeightEdit
+from evaluation.attacks import store
+from evaluation.attacks.judge import EvaluatorJudge
+from evaluation.attacks.p4d import P4D
+from evaluation.attacks.search import Outcome
+from evaluation.attacks.store import AttackStore
+from evaluation.attacks.unlearn_diff import UnlearnDiff
+from evaluation.evaluators.base import Evaluator
+from evaluation.generation import SamplerSettings
+from evaluation.prompts import Prompt
+
+SETTINGS = SamplerSettings(steps=2, guidance=3.0, kind="default", batch_size=64)
+SMALL = {"tokens": 2, "timesteps": 3, "iterations": 2, "lr": 0.1, "weight_decay": 0.1}
+SMALL |= {"batch_size": 2}
+PROMPTS = [Prompt("a hut", seed, "hut", guidance=7.0 if seed == 1 else None) for seed in range(4)]
+NO_EDIT = WeightEdit({}, {})
+
+
+class Judging(Evaluator):
+    name, unit, higher_is_better, judges = "judging", "%", True, "seen"
+    version = "1"
+
+    def score(self, images, prompts, references=None):
+        return [{"seen": 0} for _ in prompts]
+
+    def aggregate(self, records):
+        raise NotImplementedError
+
+
+@pytest.fixture
+def searched(monkeypatch):
+    """The seeds of each batch that is searched, in place of searching."""
+    batches: list[list[int]] = []
+
+    def search(model, edit, attack, prompts, settings, judge, progress):
+        batches.append([prompt.seed for prompt in prompts])
+        return [outcome(prompt.seed) for prompt in prompts]
+
+    monkeypatch.setattr(store, "search", search)
+    return batches
+
+
+def outcome(seed: int) -> Outcome:
+    image = np.full((4, 4, 3), seed, np.uint8)
+    return Outcome(seed == 2, 1, 999, [5, seed], f"x{seed} a hut", True, [0.5, None], image)
+
+
+def attack(folder, model, attack=None, prompts=PROMPTS, settings=SETTINGS):
+    judge = EvaluatorJudge(Judging())
+    attack = attack or P4D(**SMALL)
+    return AttackStore(folder).attack(model, NO_EDIT, attack, prompts, settings, judge)
+
+
+def test_batches_are_found_once_and_of_one_guidance(tiny_model, tmp_path, searched):
+    first = attack(tmp_path, tiny_model)
+    assert searched == [[0, 2], [1], [3]]
+    again = attack(tmp_path, tiny_model)
+    assert searched == [[0, 2], [1], [3]]
+    for seed, (one, other) in enumerate(zip(first, again, strict=True)):
+        assert one.text == other.text == f"x{seed} a hut"
+        assert (one.success, one.tokens, one.losses) == (seed == 2, [5, seed], [0.5, None])
+        assert np.array_equal(one.image, other.image)
+
+
+def test_what_was_killed_goes_on(tiny_model, tmp_path, searched, monkeypatch):
+    whole = store.search
+
+    def killed(model, edit, attack, prompts, *rest):
+        if prompts[0].seed == 1:
+            raise KeyboardInterrupt
+        return whole(model, edit, attack, prompts, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "search", killed)
+        with pytest.raises(KeyboardInterrupt):
+            attack(tmp_path, tiny_model)
+    assert len(list(tmp_path.iterdir())) == 1
+    attack(tmp_path, tiny_model)
+    assert searched == [[0, 2], [1], [3]]
+
+
+def test_a_damaged_file_is_made_again(tiny_model, tmp_path, searched, caplog):
+    attack(tmp_path, tiny_model, prompts=PROMPTS[:1])
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:100])
+    attack(tmp_path, tiny_model, prompts=PROMPTS[:1])
+    assert searched == [[0], [0]]
+    assert "damaged" in caplog.text
+    with safe_open(path, framework="numpy") as file:
+        assert file.get_tensor("images").shape == (1, 4, 4, 3)
+
+
+def test_a_file_is_addressed_by_all_that_counts(tiny_model, tmp_path, searched, monkeypatch):
+    def made() -> int:
+        return len(list(tmp_path.iterdir()))
+
+    attack(tmp_path, tiny_model, prompts=PROMPTS[:1])
+    checkpointed = P4D(**SMALL, gradient_checkpointing=True)  # memory alone
+    attack(tmp_path, tiny_model, checkpointed, PROMPTS[:1])
+    assert made() == 1
+    others = (P4D(**SMALL | {"lr": 0.2}), UnlearnDiff(**SMALL), P4D(**SMALL | {"batch_size": 3}))
+    for number, other in enumerate(others, start=2):
+        attack(tmp_path, tiny_model, other, PROMPTS[:1])
+        assert made() == number
+    attack(tmp_path, tiny_model, prompts=[Prompt("a hut", 0, "den")])  # judged otherwise
+    steps = SamplerSettings(steps=3, guidance=3.0, kind="default", batch_size=64)
+    attack(tmp_path, tiny_model, prompts=PROMPTS[:1], settings=steps)
+    assert made() == 6
+    monkeypatch.setattr(Judging, "version", "2")
+    attack(tmp_path, tiny_model, prompts=PROMPTS[:1])
+    assert made() == 7

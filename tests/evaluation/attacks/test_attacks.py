@@ -1,0 +1,286 @@
+"""What the attacks optimise, and the schedule they share, on the tiny random pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from cad.components import component_weights
+from cad.digests import parameter_digest
+from cad.errors import UserError
+from cad.models.base import Conditioning
+from cad.sampling import make_generators, sample_latents
+from cad.weight_edit import Scale, WeightEdit
+from evaluation.attacks.base import Attack, Victims
+from evaluation.attacks.p4d import P4D
+from evaluation.attacks.search import Outcome, _Search, search
+from evaluation.attacks.unlearn_diff import UnlearnDiff
+from evaluation.generation import SamplerSettings
+from evaluation.prompts import Prompt
+
+SETTINGS = SamplerSettings(steps=2, guidance=3.0, kind="default", batch_size=4)
+SMALL = {"tokens": 2, "timesteps": 3, "iterations": 2, "lr": 0.1, "weight_decay": 0.1}
+SMALL |= {"batch_size": 4}
+ATTACKS = (P4D, UnlearnDiff)
+TEXTS = ("a hut", "church", "two huts", "parachute")
+PROMPTS = tuple(Prompt(text, seed, "hut") for seed, text in enumerate(TEXTS))
+
+
+class Threshold:
+    """A judge: an image shows the concept where its mean is above a value, grey levels."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+        self.asked: list[list[int]] = []
+
+    def __call__(self, images: np.ndarray, prompts: Sequence[Prompt]) -> list[bool]:
+        self.asked.append([prompt.seed for prompt in prompts])
+        return [bool(image.mean() > self.value) for image in images]
+
+
+def weakened(model) -> WeightEdit:
+    """An edit of every feed-forward weight."""
+    changes = {
+        name: Scale(torch.arange(weight.numel()), 0.2)
+        for name, weight in component_weights(model, "ff").items()
+    }
+    return WeightEdit(changes, {"model": model.provenance()})
+
+
+def attacked(model, attack: Attack, prompts=PROMPTS, judge=None, edit=None) -> list[Outcome]:
+    judge = judge or Threshold(999)
+    edit = edit or weakened(model)
+    return search(model, edit, attack, prompts, SETTINGS, judge, tqdm(disable=True))
+
+
+def victims(model, prompts=PROMPTS) -> Victims:
+    return Victims.of(model, prompts, SETTINGS, "test")
+
+
+@pytest.mark.parametrize("method", ATTACKS)
+def test_batched_prompts_end_as_one_by_one(method, tiny_model):
+    """With a threshold in the middle, some succeed, at different timesteps."""
+    means = [outcome.image.mean() for outcome in attacked(tiny_model, method(**SMALL))]
+    value = float(np.median(means))
+    together = attacked(tiny_model, method(**SMALL), judge=Threshold(value))
+    assert 0 < sum(outcome.success for outcome in together) < len(PROMPTS)
+    for prompt, one in zip(PROMPTS, together, strict=True):
+        (other,) = attacked(tiny_model, method(**SMALL), [prompt], Threshold(value))
+        assert (one.tokens, one.success, one.timesteps) == (
+            other.tokens,
+            other.success,
+            other.timesteps,
+        )
+        assert one.losses == pytest.approx(other.losses, rel=1e-4)
+        assert np.abs(one.image.astype(int) - other.image).max() <= 1
+
+
+@pytest.mark.parametrize("method", ATTACKS)
+def test_nothing_is_left_behind(method, tiny_model):
+    """The weights are as before, also after an exception, which here comes amid the search."""
+    before, random = parameter_digest(tiny_model.denoiser), torch.get_rng_state()
+    texts = parameter_digest(tiny_model.text_encoder)
+
+    def check() -> None:
+        assert parameter_digest(tiny_model.denoiser) == before
+        assert parameter_digest(tiny_model.text_encoder) == texts
+        assert torch.equal(torch.get_rng_state(), random)
+        for part in (tiny_model.denoiser, tiny_model.text_encoder):
+            assert not any(weight.requires_grad for weight in part.parameters())
+            assert not any(module._forward_hooks for module in part.modules())
+
+    class Raising(Threshold):
+        def __call__(self, images: np.ndarray, prompts: Sequence[Prompt]) -> list[bool]:
+            assert parameter_digest(tiny_model.denoiser) != before
+            raise KeyError
+
+    first = attacked(tiny_model, method(**SMALL))
+    check()
+    with pytest.raises(KeyError):
+        attacked(tiny_model, method(**SMALL), judge=Raising(0))
+    check()
+    again = attacked(tiny_model, method(**SMALL))
+    assert [o.tokens for o in again] == [o.tokens for o in first]
+    assert [o.losses for o in again] == [o.losses for o in first]
+
+
+def test_a_prompt_that_succeeds_leaves_the_batch(tiny_model):
+    class Second(Threshold):
+        def __call__(self, images: np.ndarray, prompts: Sequence[Prompt]) -> list[bool]:
+            super().__call__(images, prompts)
+            return [prompt.seed == 1 or len(self.asked) == 2 for prompt in prompts]
+
+    judge, progress = Second(0), tqdm(total=12, disable=True)
+    edit = weakened(tiny_model)
+    found = search(tiny_model, edit, P4D(**SMALL), PROMPTS, SETTINGS, judge, progress)
+    assert judge.asked == [[0, 1, 2, 3], [0, 2, 3]]
+    assert [outcome.timesteps for outcome in found] == [2, 1, 2, 2]
+    assert [len(outcome.losses) for outcome in found] == [4, 2, 4, 4]
+    assert all(outcome.success for outcome in found)
+    timesteps = P4D(**SMALL).sampler(tiny_model).timesteps.tolist()
+    assert [outcome.timestep for outcome in found] == [timesteps[o.timesteps - 1] for o in found]
+
+
+@pytest.mark.parametrize("method", ATTACKS)
+def test_the_tokens_are_what_was_sampled(method, tiny_model):
+    (found,) = attacked(tiny_model, method(**SMALL), PROMPTS[:1])
+    space = tiny_model.token_space()
+    ids = space.prepend([TEXTS[0]], 2)
+    ids[0, 1:3] = torch.tensor(found.tokens)
+    with weakened(tiny_model).applied(tiny_model):
+        x_0 = sample_latents(
+            tiny_model,
+            space.encode_ids(ids),
+            tiny_model.encode_prompts([""]),
+            [PROMPTS[0].seed],
+            steps=2,
+            guidance=3.0,
+        )
+        image = tiny_model.decode_latents(x_0)[0].permute(1, 2, 0)
+    assert np.array_equal((255 * image).round().to(torch.uint8).numpy(), found.image)
+    assert set(found.tokens) <= set(space.usable.tolist())
+    assert found.retokenizes == torch.equal(space.ids([found.text]), ids)
+
+
+def test_p4d_aims_at_the_unedited_models_own_trajectory(tiny_model):
+    attack, own = P4D(**SMALL), victims(tiny_model)
+    aim = attack.aim(tiny_model, own)
+    sampler = attack.sampler(tiny_model)
+    x_t, predicted = aim.at(2, [1, 3])
+    rows = torch.tensor([1, 3])
+    phi = tiny_model.predict(x_t, sampler.timesteps[2], own.conditioning[rows])
+    torch.testing.assert_close(predicted, phi)
+    phi_u = tiny_model.predict(x_t, sampler.timesteps[2], own.unconditional.expand(2))
+    x_0 = sampler.step(phi_u + 3.0 * (phi - phi_u), sampler.timesteps[2], x_t, None)
+    settings = {"steps": 3, "guidance": 3.0, "kind": "ddim"}
+    texts = tiny_model.encode_prompts([TEXTS[1], TEXTS[3]])
+    expected = sample_latents(tiny_model, texts, own.unconditional, [1, 3], **settings)
+    torch.testing.assert_close(x_0, expected)
+
+
+def test_p4d_puts_the_nearest_token_and_passes_gradients_straight(tiny_model):
+    attack, space = P4D(**SMALL), tiny_model.token_space()
+    generator = torch.Generator().manual_seed(0)
+    start = attack.start(space, generator)  # (2, D)
+    ids = attack.discretise(space, start[None])
+    assert torch.equal(space.vocabulary[ids[0]], start)
+    variables = (0.5 * start)[None].requires_grad_()  # shorter, in the same direction
+    embeddings = attack.embed(space, variables, [generator])
+    torch.testing.assert_close(embeddings[0], start)
+    weights = torch.randn(1, *start.shape)
+    (embeddings * weights).sum().backward()
+    assert variables.grad is not None
+    torch.testing.assert_close(variables.grad, weights)
+
+
+def test_unlearn_diff_aims_at_the_training_target_of_the_unedited_image(tiny_model):
+    own = victims(tiny_model)
+    attack = UnlearnDiff(**SMALL)
+    aim = attack.aim(tiny_model, own)
+    settings = {"steps": 2, "guidance": 3.0}
+    x_0 = sample_latents(tiny_model, own.conditioning, own.unconditional, own.seeds, **settings)
+    (generator,) = make_generators([2], "test")
+    t = attack.sampler(tiny_model).timesteps[1]
+    for _ in range(2):  # fresh noise each time, from the prompt's own generator
+        x_t, target = aim.at(1, [2])
+        noise = torch.randn(1, *tiny_model.latent_shape, generator=generator)
+        torch.testing.assert_close(x_t, tiny_model.add_noise(x_0[2:3], noise, t))
+        torch.testing.assert_close(target, tiny_model.target(x_0[2:3], noise, t))
+
+
+def test_unlearn_diff_draws_tokens_and_cuts_their_gradients(tiny_model):
+    attack, space = UnlearnDiff(**SMALL), tiny_model.token_space()
+    variables = attack.start(space, torch.Generator())  # (2, U)
+    torch.testing.assert_close(variables.sum(dim=-1), torch.ones(2))
+    with torch.no_grad():
+        variables[0] = 0
+        variables[0, 7] = 1  # a sure token
+    variables.requires_grad_()
+    embeddings = attack.embed(space, variables[None], make_generators([0]))  # (1, 2, D)
+    assert torch.equal(embeddings[0, 0], space.vocabulary[space.usable[7]])
+    assert (embeddings[0, 1] == space.vocabulary).all(dim=-1).any()
+    weights = 100 * torch.randn(1, 2, embeddings.shape[-1])
+    (embeddings * weights).sum().backward()
+    straight = (weights[0] @ space.vocabulary[space.usable].T).clamp(-1, 1)
+    assert variables.grad is not None
+    torch.testing.assert_close(variables.grad, straight)
+    assert attack.discretise(space, variables[None])[0, 0] == space.usable[7]
+    with torch.no_grad():
+        variables += torch.randn_like(variables)
+    attack.confine(variables)
+    assert (variables >= 0).all()
+    torch.testing.assert_close(variables.sum(dim=-1), torch.ones(2))
+
+
+def test_losses_and_gradients_are_the_plain_ones(tiny_model):
+    attack, own = P4D(**SMALL), victims(tiny_model)
+    aim = attack.aim(tiny_model, own)
+    search_ = _Search(tiny_model, attack, own, aim)
+    space = tiny_model.token_space()
+    embeddings = torch.randn(2, 2, space.vocabulary.shape[1])
+    with torch.enable_grad():
+        losses, gradient = search_._loss(embeddings.clone(), 1, [0, 2])
+    x_t, target = aim.at(1, [0, 2])
+    leaf = embeddings.requires_grad_()
+    ids = space.prepend([TEXTS[0], TEXTS[2]], 2)
+    t = attack.sampler(tiny_model).timesteps[1]
+    phi = tiny_model.predict(x_t, t, space.encode(ids, leaf))
+    plain = (phi - target).square().mean(dim=(1, 2, 3))  # (2,)
+    plain.sum().backward()
+    torch.testing.assert_close(losses, plain.detach())
+    assert leaf.grad is not None
+    torch.testing.assert_close(gradient, leaf.grad, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ATTACKS)
+def test_half_precision_searches_as_well(method, tiny_model):
+    """Its first losses are float32's, before rounding leads elsewhere."""
+    edit = weakened(tiny_model)
+    plain = attacked(tiny_model, method(**SMALL), edit=edit)
+    for part in (tiny_model.denoiser, tiny_model.text_encoder, tiny_model.vae):
+        part.to(torch.bfloat16)
+    tiny_model.forget_digests()
+    half = attacked(tiny_model, method(**SMALL))
+    for one, other in zip(plain, half, strict=True):
+        assert None not in other.losses
+        assert other.losses[0] == pytest.approx(one.losses[0], rel=0.1)
+
+
+def test_a_model_that_gives_no_finite_numbers_is_survived(tiny_model, monkeypatch):
+    def predict(x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        return float("nan") * x_t + conditioning.tensors["states"].mean()
+
+    edit, attack = weakened(tiny_model), P4D(**SMALL)
+    aim = attack.aim(tiny_model, victims(tiny_model))
+    monkeypatch.setattr(attack, "aim", lambda *_: aim)
+    monkeypatch.setattr(tiny_model, "predict", predict)
+    for outcome in attacked(tiny_model, attack, edit=edit):
+        assert not outcome.success
+        assert set(outcome.losses) == {None}
+        assert not outcome.image.any()
+
+
+def test_a_prompt_without_room_is_refused_before_the_first_step(tiny_model):
+    full = Prompt("abcdefghijklmn", 0, "hut")  # 14 tokens, with start and end 16
+    with pytest.raises(UserError, match="leaves no room for 2 more"):
+        attacked(tiny_model, P4D(**SMALL), [full])
+    cut = Prompt(full.text, 0, "hut", truncate=True)
+    assert len(attacked(tiny_model, P4D(**SMALL), [cut])) == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("tokens", 0, r"attacks\.p4d\.tokens=0 must be at least 1"),
+        ("lr", 0.0, r"attacks\.p4d\.lr=0\.0 is not allowed"),
+        ("weight_decay", -1.0, r"attacks\.p4d\.weight_decay=-1\.0 is not allowed"),
+    ],
+)
+def test_settings_out_of_range_are_refused(key, value, message):
+    with pytest.raises(UserError, match=message):
+        P4D(**(SMALL | {key: value}))
