@@ -1,7 +1,8 @@
 """Where published prompt files come from: fetched once, kept, compared with their SHA-256.
 
 Files from the web are kept below `$XDG_CACHE_HOME` (else `~/.cache`) in `concept-attribution/
-prompts`, files of the Hugging Face hub in the hub's own cache, which `$HF_HOME` moves.
+prompts`, files of the Hugging Face hub in the hub's own cache, which `$HF_HOME` moves. Files that
+the repository ships are read where they lie.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from evaluation.files import write_atomically
 
 TIMEOUT = 20.0  # seconds that a server may be silent
 REACHABILITY_TIMEOUT = 5.0  # seconds to answer at all; the hub's own client retries for minutes
+REPOSITORY = Path(__file__).resolve().parent.parent
 LOCAL_COPY = "a local copy of the file: prompts.path=FILE"
 
 logger = logging.getLogger(__name__)
@@ -94,6 +96,29 @@ class WebFile(PromptSource):
                 f"{self.cached_path()}, or give {LOCAL_COPY}"
             ) from error
         return response.content
+
+
+@dataclass(frozen=True)
+class ShippedFile(PromptSource):
+    """A file that is part of the repository; `file` is its path in there."""
+
+    file: str
+    licence: str
+
+    @property
+    def address(self) -> str:
+        return f"this repository, {self.file}"
+
+    def read(self, sha256: str | None) -> bytes:
+        try:
+            data = (REPOSITORY / self.file).read_bytes()
+        except OSError as error:
+            raise UserError(
+                f"{self.file} of this repository cannot be read: {error.strerror}. Restore it from "
+                f"git, or give {LOCAL_COPY}"
+            ) from error
+        check_digest(data, sha256, self.file, "The file was changed: restore it from git. ")
+        return data
 
 
 @dataclass(frozen=True)
