@@ -23,7 +23,7 @@ MAKE_ITEM = $(BIN)/python -m experiments.make
 export PYTHONDONTWRITEBYTECODE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run tables figures qualitative status report $(TABLES) $(FIGURES) bench test check lint types format miniature clean
+.PHONY: help run tables figures qualitative status plan report $(TABLES) $(FIGURES) bench test check lint types format miniature clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,7 +31,7 @@ help: ## this list
 run: $(READY) ## erase "parachute" from the miniature and show the proof; ARGS="concept=church edit=amplify"
 	$(BIN)/python run.py $(ARGS)
 
-tables: $(READY) ## the paper's tables, or one: make table7 MODEL=mini; also FAST=1 DRY=1 LAUNCHER=joblib FILTER="concept=church edit=uce"
+tables: $(READY) ## the paper's tables, or one: make table7 MODEL=mini; also FAST=1 DRY=1 LAUNCHER=submitit_slurm FILTER="concept=church edit=uce"
 	$(MAKE_ITEM) every=[table] $(OPTIONS)
 
 $(TABLES): $(READY)
@@ -48,6 +48,9 @@ qualitative: $(READY)
 
 status: $(READY) ## of all tables and figures: runs done and missing; MODEL=mini
 	$(MAKE_ITEM) status=true $(OPTIONS)
+
+plan: $(READY) ## what they all take, from nothing: GPU hours, time, storage; MODEL=sd14 GPUS=64
+	$(BIN)/python -m experiments.plan $(if $(MODEL),model=$(MODEL)) $(if $(GPUS),gpus=$(GPUS)) $(ARGS)
 
 report: $(READY) ## every table and figure that was made, in one HTML page; MODEL=mini
 	$(BIN)/python -m experiments.report $(if $(MODEL),only=$(MODEL)) $(ARGS)

@@ -78,8 +78,8 @@ def command() -> int:
     try:
         status = exit_status(main)  # what it tells comes of composing, before any job
     finally:
-        finish_sweep()
-    return status or (USAGE_ERROR if failed_jobs else 0)
+        failed = finish_sweep()  # launchers run jobs in processes of their own
+    return status or (USAGE_ERROR if failed_jobs or failed else 0)
 
 
 if __name__ == "__main__":

@@ -43,11 +43,13 @@ class SweepSummary(Callback):
         SweepSummary.folder = folder
 
 
-def finish_sweep() -> None:
-    """Summarise the multirun that was begun in this process; nothing to do without one."""
+def finish_sweep() -> bool:
+    """Summarise the multirun that was begun in this process; nothing to do without one.
+
+    Returns whether a job of it failed, in whatever process.
+    """
     folder, SweepSummary.folder = SweepSummary.folder, None
-    if folder is not None:
-        summarise(folder)
+    return folder is not None and not summarise(folder)
 
 
 def note_result(job_folder: Path, result: Path) -> None:
@@ -60,8 +62,11 @@ def note_failure(job_folder: Path, message: str) -> None:
     write_json(job_folder / LINK, {"folder": None, "error": message})
 
 
-def summarise(folder: Path) -> None:
-    """Write and print the table of a multirun's results, and plot them if ratios were swept."""
+def summarise(folder: Path) -> bool:
+    """Write and print the table of a multirun's results, and plot them if ratios were swept.
+
+    Returns whether all jobs that told of themselves succeeded.
+    """
     jobs = [path.parent for path in folder.glob(f"*/{LINK}")]
     links = {job.name: read_json(job / LINK) for job in sorted(jobs, key=_job_number)}
     for job, link in links.items():
@@ -69,7 +74,7 @@ def summarise(folder: Path) -> None:
             logger.error("run %s of the sweep failed: %s", job, link["error"])
     results = [Path(link["folder"]) for link in links.values() if link["error"] is None]
     if not results:
-        return
+        return not links
     frame = pd.concat([tidy(result) for result in results], ignore_index=True)
     write_atomically(folder / "sweep.csv", frame.to_csv(index=False).encode())
     table = sweep_table(results)
@@ -84,6 +89,7 @@ def summarise(folder: Path) -> None:
             write_atomically(folder / f"plot.{ending}", content)
         logger.info("accuracy against ratio: %s", folder / "plot.png")
     logger.info("sweep folder: %s", folder)
+    return len(results) == len(links)
 
 
 def sweep_table(results: list[Path]) -> pd.DataFrame:

@@ -58,11 +58,11 @@ def missing_work(runs: Sequence[Run], chosen: Sequence[Run], counts: Mapping[str
 
     `counts` are the images of published prompt sets, whose files need not be here.
     """
-    made = {key for run in runs if run.state == State.DONE for key in _needs(run, counts)}
+    made = {key for run in runs if run.state == State.DONE for key in needs(run, counts)}
     wanted: dict[tuple[str, str, str], int] = {}
     for run in chosen:
         if run.state == State.MISSING:
-            wanted |= _needs(run, counts)
+            wanted |= needs(run, counts)
     images: dict[str, int] = {}
     edits: dict[tuple[str, str], int] = {}
     for (kind, model, key), count in wanted.items():
@@ -103,7 +103,7 @@ def note_throughput(folder: Path, model: str, images: int, seconds: float) -> No
     write_json(path, known | {model: round(images / seconds, 3)})
 
 
-def _needs(run: Run, counts: Mapping[str, int]) -> dict[tuple[str, str, str], int]:
+def needs(run: Run, counts: Mapping[str, int]) -> dict[tuple[str, str, str], int]:
     """Image sets ("images", model, key) with their sizes, and the edit (method, model, key)."""
     if run.cfg is None:
         return {}
@@ -115,7 +115,7 @@ def _needs(run: Run, counts: Mapping[str, int]) -> dict[tuple[str, str, str], in
         node = cfg.prompts if measured == CONCEPT else cfg.model.prompts.general
         if node is None:
             continue  # the run will say so
-        count = _count(node, counts)
+        count = count_images(node, counts)
         size = count if cfg.limit is None else min(count, cfg.limit)
         chosen = None if cfg.limit is None else [cfg.limit, concepts]
         images = [plain(node), chosen, plain(cfg.model.sampler), plain(cfg.model.adapter)]
@@ -137,6 +137,7 @@ def _measures(target: str) -> str:
     return evaluator.measures
 
 
-def _count(node: DictConfig, counts: Mapping[str, int]) -> int:
+def count_images(node: DictConfig, counts: Mapping[str, int]) -> int:
+    """How many images a prompt set asks for."""
     name = str(node.name) if "name" in node else ""
     return counts[name] if name in counts else len(instantiate(node, _convert_="all").build())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from cad.errors import UserError
 from experiments.config import REPOSITORY, short_hash
 from experiments.items.plan import Overrides, Run, cartesian_blocks, of_configuration
 from experiments.results import read_json
@@ -18,6 +20,11 @@ from experiments.sweep import LINK
 
 PROGRAM = "run.py"
 OVERRIDES = Path(".hydra") / "overrides.yaml"  # in a job's folder
+PLUGINS = {  # launcher: what Hydra needs for it, and the extra that has it
+    "submitit_slurm": ("hydra_submitit_launcher", "slurm"),
+    "submitit_local": ("hydra_submitit_launcher", "slurm"),
+    "ray": ("hydra_ray_launcher", "ray"),
+}
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +67,10 @@ def blocks(runs: Sequence[Run]) -> Iterator[Block]:
 def launch(block: Block, sweeps: Path, launcher: str | None) -> dict[Overrides, str]:
     """Run a block and wait for it. Returns why runs failed, by their overrides.
 
-    Its output is shown as it comes. A failed run keeps the others from nothing.
+    Its output is shown as it comes. A failed run keeps the others from nothing. Raises UserError
+    for a launcher that is not installed.
     """
+    check_launcher(launcher)
     command = block.command(sweeps, launcher)
     logger.info("%d run%s: %s", len(block.runs), "s"[: len(block.runs) > 1], " ".join(command[1:]))
     finished = subprocess.run(command, cwd=REPOSITORY, check=False)
@@ -74,6 +83,16 @@ def launch(block: Block, sweeps: Path, launcher: str | None) -> dict[Overrides, 
         otherwise = f"it left no result (exit status {finished.returncode}; {log})"
         failed[run.overrides] = told.get(run.overrides, otherwise)
     return failed
+
+
+def check_launcher(launcher: str | None) -> None:
+    """Raise UserError where the launcher's plugin is one that can be installed, and is not."""
+    plugin, extra = PLUGINS.get(launcher or "", ("", ""))
+    if plugin and importlib.util.find_spec(f"hydra_plugins.{plugin}") is None:
+        raise UserError(
+            f"launcher={launcher} needs {plugin.replace('_', '-')}, which is not installed: "
+            f".venv/bin/pip install -e '.[{extra}]'"
+        )
 
 
 def _told_failures(folder: Path, runs: Sequence[Run]) -> dict[Overrides, str]:

@@ -10,9 +10,17 @@ import pytest
 from tables_fixture import finished_run
 
 from cad.errors import UserError
+from experiments.items import launch
 from experiments.items.estimate import FEWEST, Work, missing_work, note_throughput, rates
 from experiments.items.item import parse_filter
-from experiments.items.launch import LINK, OVERRIDES, Block, _told_failures, blocks
+from experiments.items.launch import (
+    LINK,
+    OVERRIDES,
+    Block,
+    _told_failures,
+    blocks,
+    check_launcher,
+)
 from experiments.items.plan import (
     Run,
     State,
@@ -89,6 +97,14 @@ def test_the_command_of_a_block(tmp_path: Path) -> None:
         f"hydra.sweep.dir={block.folder(tmp_path)}",
     ]
     assert "hydra/launcher" not in " ".join(block.command(tmp_path, None))
+
+
+def test_a_launcher_that_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"launcher=ray needs hydra-ray-launcher.*'\.\[ray\]'"):
+        check_launcher("ray")
+    check_launcher(None)
+    check_launcher("somebody_elses")
 
 
 def test_failures_are_told_by_their_jobs(tmp_path: Path) -> None:
