@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 FOLDER = "wandb"  # W&B's files, inside the result folder
 HOST = "api.wandb.ai"
 MARKER = "mirrored.json"  # in FOLDER; written when everything was sent
+PICTURES = ("before_after", "attack")
 MODES = ("auto", "online", "offline")
 Mode = Literal["online", "offline"]
 
@@ -183,8 +184,9 @@ def _send(run: wandb.Run, folder: Path) -> None:
     if metrics["effect"] is not None:
         values["effect/pearson_r"] = metrics["effect"]["pearson_r"]
     values["table"] = wandb.Table(dataframe=result_table(metrics, cost))
-    if (folder / "before_after.png").exists():
-        values["before_after"] = wandb.Image(str(folder / "before_after.png"))
+    for name in PICTURES:
+        if (folder / f"{name}.png").exists():
+            values[name] = wandb.Image(str(folder / f"{name}.png"))
     if (folder / "history.jsonl").exists():
         for record in read_lines(folder / "history.jsonl"):
             run.log({f"training/{key}": value for key, value in record.items()})
