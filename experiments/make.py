@@ -161,8 +161,8 @@ def run_missing(config: DictConfig, plan: Plan) -> dict[Overrides, str]:
         runs = [run.looked_up() for run in runs]
         if not problems and len(work.images) == 1:
             (model,) = work.images
-            edits = Work({}, work.edits)
-            seconds -= rates(runs, config.assumed, kept(config), edits).seconds(edits)
+            others = Work({}, work.edits, work.attacked)
+            seconds -= rates(runs, config.assumed, kept(config), others).seconds(others)
             note_throughput(kept(config), model, work.total_images, seconds)
     return failed
 

@@ -26,7 +26,7 @@ from cad.errors import UserError
 from experiments.command_line import USAGE_ERROR, exit_status
 from experiments.composing import CONF, Compose, composer
 from experiments.config import plain, register_resolvers, short_hash
-from experiments.items.estimate import NO_EDIT, Work, count_images, needs, rates
+from experiments.items.estimate import NO_EDIT, Work, attacked_prompts, needs, rates
 from experiments.items.item import MINIATURE, Item
 from experiments.items.overview import HOUR, in_words, kept
 from experiments.items.plan import Overrides, Run, State, of_configuration
@@ -157,7 +157,7 @@ class Prices:
         self.counts: Mapping[str, int] = plain(settings.counts)
         self.seconds: Mapping[str, Any] = plain(config.seconds)
         self._sizes: Mapping[str, Any] = plain(config.megabytes)
-        self._edits = plain(settings.assumed)
+        self._assumed = plain(settings.assumed)
         speed = rates([], settings.assumed, kept(config), Work(dict.fromkeys(models, 0), {}))
         given: dict[str, float] = plain(config.images_per_second)
         self.images = {**speed.images, **given}
@@ -180,7 +180,7 @@ class Prices:
         return steps + self._looked_into(cfg, model)
 
     def _edit(self, cfg: DictConfig, model: str, method: str) -> list[Step]:
-        seconds = float(self._edits[model]["seconds_per_edit"][method])
+        seconds = float(self._assumed[model]["seconds_per_edit"][method])
         megabytes = float(self._sizes["edit"][method])
         concepts, adapter = list(cfg.concepts), plain(cfg.model.adapter)
         edit = plain(cfg.edit)
@@ -203,10 +203,9 @@ class Prices:
             seconds = cfg.effect.count * float(self.seconds["ablation"][model])
             steps.append(Step(key, seconds, 0.0, f"{cfg.effect.count:,} ablations"))
         for name in cfg.attacks:
-            count = count_images(cfg.prompts, self.counts)
-            count = count if cfg.attack.limit is None else min(count, cfg.attack.limit)
+            count = attacked_prompts(cfg, self.counts) // len(cfg.attacks)
             key = ("attack", model, short_hash([*of, name, plain(cfg.prompts)]))
-            seconds = count * float(self.seconds["attacked_prompt"][model])
+            seconds = count * float(self._assumed[model]["seconds_per_attacked_prompt"])
             megabytes = count * float(self._sizes["image"][model])
             steps.append(Step(key, seconds, megabytes, f"{count} prompts attacked"))
         return steps

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,11 @@ NO_EDIT = "none"
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be made: images by model, edits by (model, method)."""
+    """What is to be made: images by model, edits by (model, method), attacked prompts by model."""
 
     images: Mapping[str, int]
     edits: Mapping[tuple[str, str], int]
+    attacked: Mapping[str, int] = field(default_factory=dict)  # each attack's count
 
     @property
     def total_images(self) -> int:
@@ -41,16 +42,18 @@ class Work:
 
 @dataclass(frozen=True)
 class Rates:
-    """Images a second by model, seconds an edit by (model, method), and which were measured."""
+    """Images a second and seconds an attacked prompt by model, an edit by (model, method)."""
 
     images: Mapping[str, float]
     edits: Mapping[tuple[str, str], float]
-    measured: frozenset[str]  # models whose images were
+    attacked: Mapping[str, float]
+    measured: frozenset[str]  # models whose images were; the others are assumed
 
     def seconds(self, work: Work) -> float:
         """An estimate, without what starting and measuring take."""
         making = sum(count / self.images[model] for model, count in work.images.items())
-        return making + sum(count * self.edits[key] for key, count in work.edits.items())
+        making += sum(count * self.edits[key] for key, count in work.edits.items())
+        return making + sum(count * self.attacked[model] for model, count in work.attacked.items())
 
 
 def missing_work(runs: Sequence[Run], chosen: Sequence[Run], counts: Mapping[str, int]) -> Work:
@@ -59,10 +62,14 @@ def missing_work(runs: Sequence[Run], chosen: Sequence[Run], counts: Mapping[str
     `counts` are the images of published prompt sets, whose files need not be here.
     """
     made = {key for run in runs if run.state == State.DONE for key in needs(run, counts)}
+    missing = [run for run in chosen if run.state == State.MISSING]
     wanted: dict[tuple[str, str, str], int] = {}
-    for run in chosen:
-        if run.state == State.MISSING:
-            wanted |= needs(run, counts)
+    attacked: dict[str, int] = {}
+    for run in missing:
+        wanted |= needs(run, counts)
+        if run.cfg is not None and run.cfg.attacks:
+            model = str(run.cfg.model.name)
+            attacked[model] = attacked.get(model, 0) + attacked_prompts(run.cfg, counts)
     images: dict[str, int] = {}
     edits: dict[tuple[str, str], int] = {}
     for (kind, model, key), count in wanted.items():
@@ -72,7 +79,7 @@ def missing_work(runs: Sequence[Run], chosen: Sequence[Run], counts: Mapping[str
             images[model] = images.get(model, 0) + count
         else:
             edits[model, kind] = edits.get((model, kind), 0) + 1
-    return Work(images, edits)
+    return Work(images, edits, attacked)
 
 
 def rates(runs: Sequence[Run], assumed: Mapping[str, Any], folder: Path, work: Work) -> Rates:
@@ -91,7 +98,10 @@ def rates(runs: Sequence[Run], assumed: Mapping[str, Any], folder: Path, work: W
         else float(assumed[model]["seconds_per_edit"][method])
         for model, method in work.edits
     }
-    return Rates(images, edits, frozenset(images.keys() & measured.keys()))
+    attacked = {
+        model: float(assumed[model]["seconds_per_attacked_prompt"]) for model in work.attacked
+    }
+    return Rates(images, edits, attacked, frozenset(images.keys() & measured.keys()))
 
 
 def note_throughput(folder: Path, model: str, images: int, seconds: float) -> None:
@@ -123,6 +133,13 @@ def needs(run: Run, counts: Mapping[str, int]) -> dict[tuple[str, str, str], int
         if method != NO_EDIT:
             sets["images", model, short_hash([*images, edit])] = size
     return sets if method == NO_EDIT else sets | {(method, model, edit): 1}
+
+
+def attacked_prompts(cfg: DictConfig, counts: Mapping[str, int]) -> int:
+    """How many prompts a run attacks at most, each attack's counted."""
+    count = 0 if cfg.prompts is None else count_images(cfg.prompts, counts)
+    each = count if cfg.attack.limit is None else min(count, cfg.attack.limit * len(cfg.concepts))
+    return each * len(cfg.attacks)
 
 
 def _measured(cfg: DictConfig) -> list[str]:

@@ -99,12 +99,13 @@ def summary(config: DictConfig, plan: Plan) -> str:
     counts = _counts(plan)
     states = ", ".join(f"{count} {state}" for state, count in counts.items())
     work, seconds, known = _estimate(config, plan)
-    if not work.images and not work.edits:
+    if not (work.images or work.edits or work.attacked):
         return f"{len(plan.chosen)} runs: {states}; no images to make"
+    attacked = f" and {sum(work.attacked.values()):,} prompts to attack" if work.attacked else ""
     return (
         f"{len(plan.chosen)} runs: {states}; {work.total_images:,} images and "
-        f"{sum(work.edits.values())} edits to make, about {in_words(seconds)} at a speed that is "
-        f"{known}"
+        f"{sum(work.edits.values())} edits to make{attacked}, about {in_words(seconds)} at a speed "
+        f"that is {known}"
     )
 
 

@@ -31,7 +31,13 @@ from experiments.items.plan import (
 )
 from experiments.results import write_json
 
-ASSUMED = {"mini": {"images_per_second": 4, "seconds_per_edit": {"erase": 15, "uce": 1}}}
+ASSUMED = {
+    "mini": {
+        "images_per_second": 4,
+        "seconds_per_edit": {"erase": 15, "uce": 1},
+        "seconds_per_attacked_prompt": 5,
+    }
+}
 OBJECTS = ("model=mini", "prompts=objects", "images_per_class=3")
 
 
@@ -141,6 +147,16 @@ def test_runs_are_found_refused_and_counted(tmp_path: Path) -> None:
 def test_published_prompts_are_counted_without_their_files() -> None:
     runs = list(find_runs([("model=sd14", "concept=nudity", "edit=none", "limit=100")]).values())
     assert missing_work(runs, runs, {"i2p": 4702}) == Work({"sd14": 100}, {})
+
+
+def test_attacked_prompts_are_counted_with_every_attack(tmp_path: Path) -> None:
+    attacked = (*OBJECTS, "concept=church", "edit=uce", "attack=[p4d,unlearn_diff]", "evaluator=[]")
+    wanted = [(*attacked, "+evaluator={}", *more) for more in ((), ("attack.limit=2",))]
+    runs = list(find_runs(wanted).values())
+    assert missing_work(runs, runs[1:], {}).attacked == {"mini": 2 * 2}
+    assert missing_work(runs, runs[:1], {}).attacked == {"mini": 2 * 30}  # at most
+    work = Work({}, {}, {"mini": 4})
+    assert rates([], ASSUMED, tmp_path, work).seconds(work) == 4 * 5
 
 
 def test_time_is_estimated_from_what_was_measured(tmp_path: Path) -> None:
