@@ -40,9 +40,10 @@ class Schedule:
     batch_size: int  # prompts attacked at once
     gradient_checkpointing: bool = False
 
-    def check(self, name: str) -> None:
+    def check(self, name: str, optimises: bool) -> None:
         """`name` is the attack's, for messages."""
-        for key in ("tokens", "timesteps", "iterations", "batch_size"):
+        counts = ["tokens", "timesteps", "batch_size", *(["iterations"] if optimises else [])]
+        for key in counts:
             if getattr(self, key) < 1:
                 raise UserError(f"attacks.{name}.{key}={getattr(self, key)} must be at least 1")
         for key, least in (("lr", "above 0"), ("weight_decay", "0 or more")):
@@ -101,11 +102,12 @@ class Attack(ABC):
 
     name: ClassVar[str]  # as in conf/attack/NAME.yaml
     version: ClassVar[int] = 1  # raise it when equal settings find something else
+    optimises: ClassVar[bool] = True  # False: no iterations, the aim is not asked
 
     def __init__(self, **schedule: Any) -> None:
         """The fields of `Schedule`. Raises UserError for values out of range."""
         self.schedule = Schedule(**schedule)
-        self.schedule.check(self.name)
+        self.schedule.check(self.name, self.optimises)
 
     def settings(self) -> dict[str, Any]:
         """Everything that determines what is found beside model and prompts; JSON-able."""
@@ -133,6 +135,10 @@ class Attack(ABC):
     @torch.no_grad()
     def confine(self, variables: Tensor) -> None:
         """Bring one prompt's variables, (k, ...), back to where they are allowed, in place."""
+        return None
+
+    def renew(self, space: TokenSpace, variables: Tensor, generator: Generator) -> None:
+        """Change one prompt's variables, (k, ...), in place after a failure; most stay."""
         return None
 
     @abstractmethod

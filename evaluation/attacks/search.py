@@ -126,6 +126,8 @@ class _Search:
             rows = left
             if not rows:
                 break
+            for row in rows:
+                self._attack.renew(self._space, self._variables[row], self._victims.generators[row])
         return [outcomes[row] for row in sorted(outcomes)]
 
     def _iterate(self, optimiser: torch.optim.Optimizer, step: int, rows: Sequence[int]) -> None:

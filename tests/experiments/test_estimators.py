@@ -134,7 +134,7 @@ def test_edits_from_scores_are_commands_of_run(miniature: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("override", "reason"),
     [
-        ("baseline=restart_stochastic", None),
+        ("baseline=shared", None),
         ("baseline=other", r"other with \[1\] samples is not tried"),
         ("estimators.restart.samples=[2]", r"restart with \[1\] samples is not tried"),
     ],

@@ -18,6 +18,7 @@ from cad.sampling import make_generators, sample_latents
 from cad.weight_edit import Scale, WeightEdit
 from evaluation.attacks.base import Attack, Victims
 from evaluation.attacks.p4d import P4D
+from evaluation.attacks.random_tokens import RandomTokens
 from evaluation.attacks.search import Outcome, _Search, search
 from evaluation.attacks.unlearn_diff import UnlearnDiff
 from evaluation.generation import SamplerSettings
@@ -145,6 +146,23 @@ def test_the_tokens_are_what_was_sampled(method, tiny_model):
     assert np.array_equal((255 * image).round().to(torch.uint8).numpy(), found.image)
     assert set(found.tokens) <= set(space.usable.tolist())
     assert found.retokenizes == torch.equal(space.ids([found.text]), ids)
+
+
+def test_random_tokens_are_drawn_anew_after_each_failure(tiny_model):
+    attack = RandomTokens(tokens=2, tries=3, batch_size=4)
+    judge = Threshold(999)
+    together = attacked(tiny_model, attack, judge=judge)
+    assert judge.asked == 3 * [[0, 1, 2, 3]]
+    space = tiny_model.token_space()
+    for prompt, found in zip(PROMPTS, together, strict=True):
+        drawn = make_generators([prompt.seed], "attack-random_tokens")[0]
+        places = [torch.randint(len(space.usable), (2,), generator=drawn) for _ in range(3)]
+        assert found.tokens == space.usable[places[-1]].tolist()
+        assert (found.timesteps, found.losses, found.success) == (3, [], False)
+        (alone,) = attacked(tiny_model, attack, [prompt])
+        assert alone.tokens == found.tokens
+    with pytest.raises(UserError, match=r"attacks\.random_tokens\.timesteps=0 must be"):
+        RandomTokens(tokens=2, tries=0, batch_size=4)
 
 
 def test_p4d_aims_at_the_unedited_models_own_trajectory(tiny_model):

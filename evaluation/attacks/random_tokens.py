@@ -1,0 +1,56 @@
+"""The control of the other attacks: tokens drawn at random, as often as those are tried.
+
+What it reaches, the prompt's neighbourhood and the judge give away to anybody; only what an attack
+reaches beyond it was found by the model's gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Generator, Tensor
+
+from cad.models.base import DiffusionModel
+from cad.token_space import TokenSpace
+from evaluation.attacks.base import Aim, Attack, Victims
+
+
+class NoAim(Aim):
+    """Of an attack that optimises nothing; is not asked."""
+
+    def at(self, step: int, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError("random tokens aim at nothing")
+
+
+class RandomTokens(Attack):
+    """Variables: places of k tokens among the usable ones, (k,), drawn anew after each failure."""
+
+    name: ClassVar[str] = "random_tokens"
+    optimises: ClassVar[bool] = False
+
+    def __init__(self, *, tokens: int, tries: int, batch_size: int) -> None:
+        """UserError for values below 1."""
+        nothing = {"iterations": 0, "lr": 1.0, "weight_decay": 0.0}
+        super().__init__(tokens=tokens, timesteps=tries, batch_size=batch_size, **nothing)
+
+    def aim(self, model: DiffusionModel, victims: Victims) -> Aim:
+        return NoAim()
+
+    def start(self, space: TokenSpace, generator: Generator) -> Tensor:
+        size = (self.schedule.tokens,)
+        return torch.randint(len(space.usable), size, generator=generator).float()
+
+    def renew(self, space: TokenSpace, variables: Tensor, generator: Generator) -> None:
+        with torch.no_grad():
+            variables.copy_(self.start(space, generator))
+
+    def embed(
+        self, space: TokenSpace, variables: Tensor, generators: Sequence[Generator]
+    ) -> Tensor:
+        return space.vocabulary[self.discretise(space, variables)].float()  # (n, k, D)
+
+    @torch.no_grad()
+    def discretise(self, space: TokenSpace, variables: Tensor) -> Tensor:
+        return space.usable.to(variables.device)[variables.long()]  # (n, k)
