@@ -7,6 +7,7 @@ READY  := $(VENV)/.ready
 DEV    := $(VENV)/.ready-dev
 ARGS   ?=
 WEIGHTS ?= random
+BENCHES ?= edits evaluators generation growth attacks precision estimators
 
 TABLES := $(addprefix table,1 2 3 4 5 6 7 8 9 10 11 12 13 14)
 OPTIONS = $(if $(MODEL),model=$(MODEL)) \
@@ -23,10 +24,10 @@ MAKE_ITEM = $(BIN)/python -m experiments.make
 export PYTHONDONTWRITEBYTECODE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run tables figures qualitative status plan report $(TABLES) $(FIGURES) bench test check lint types format miniature clean
+.PHONY: help run tables figures qualitative status plan report $(TABLES) $(FIGURES) bench bench-full test check check-ray lint types format miniature clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 run: $(READY) ## erase "parachute" from the miniature and show the proof; ARGS="concept=church edit=amplify"
 	$(BIN)/python run.py $(ARGS)
@@ -55,15 +56,22 @@ plan: $(READY) ## what they all take, from nothing: GPU hours, time, storage; MO
 report: $(READY) ## every table and figure that was made, in one HTML page; MODEL=mini
 	$(BIN)/python -m experiments.report $(if $(MODEL),only=$(MODEL)) $(ARGS)
 
-bench: $(READY) ## time and memory of every edit, and images per second, at full size on random weights; WEIGHTS=random-small tries it anywhere
+bench: $(READY) ## speed on the miniature against what it replaces (two hours on two cores), into results/bench; BENCHES="edits growth" for some
+	for bench in $(BENCHES); do $(BIN)/python -m experiments.benchmarks.$$bench $(ARGS) || exit; done
+
+bench-full: $(READY) ## time and memory of every edit, and images per second, at full size on random weights; WEIGHTS=random-small tries it anywhere
 	$(BIN)/python -m experiments.benchmarks.editing weights=$(WEIGHTS) $(ARGS)
 	$(BIN)/python -m experiments.benchmarks.generation model=sd14 model.weights=$(WEIGHTS) \
 		$(if $(filter random-small,$(WEIGHTS)),model.adapter.resolution=64 model.sampler.steps=3)
 
 test: $(DEV) ## all tests; ARGS="-k weight_edit" for some
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
 
 check: lint types test ## what CI runs: ruff, mypy, pytest
+
+check-ray: $(DEV) ## installs the extra [ray] too, and runs the tests of it; CI runs this after check
+	$(BIN)/pip install -q --disable-pip-version-check -e ".[ray]"
+	$(BIN)/python -m pytest -m ray $(ARGS)
 
 lint: $(DEV) ## ruff: style and format
 	$(BIN)/ruff check .

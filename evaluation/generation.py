@@ -29,6 +29,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
@@ -241,13 +242,9 @@ def _complete(
             "%s: %d of %d images are there, going on", images.folder, len(present), len(wanted)
         )
     lacking = [batch for batch in batches if not present.keys() >= set(batch.indices)]
-    progress = tqdm(
-        total=len(wanted),
-        initial=len(present),
-        unit="image",
-        desc=f"images {images.folder.name[:8]}",
-        disable=None,
-    )
+    name = f"images {images.folder.name[:8]}"
+    quiet = None if parent_process() is None else True  # one bar, where processes share the work
+    progress = tqdm(total=len(wanted), initial=len(present), unit="image", desc=name, disable=quiet)
     with progress, edit.applied(model), ImageWriter(images, shard) as writer:
         for batch, (pixels, finite) in _sampled(model, images.prompts, settings, lacking):
             if not edit.num_weights and not finite.all():

@@ -107,9 +107,14 @@ class ImageSet:
         """How many images had values that were not finite, by their records."""
         return sum(not written.finite for written in _read_records(self).values())
 
+    def absent(self) -> set[int]:
+        """The images that have no file: those of shards that were not run yet."""
+        there = {path.name for path in self.folder.glob("*.png")}  # one request to a file server
+        return {index for index in range(len(self)) if self.path(index).name not in there}
+
     def missing(self) -> int:
-        """How many images have no file: those of shards that were not run yet."""
-        return sum(not self.path(index).exists() for index in range(len(self)))
+        """How many images have no file."""
+        return len(self.absent())
 
     def batches(self, size: int) -> Iterator[tuple[Sequence[Prompt], NDArray[np.uint8]]]:
         """The set in order, in pieces: prompts and their images, uint8 (N, H, W, 3) RGB.

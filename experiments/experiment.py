@@ -27,9 +27,10 @@ from cad.edits import Edit, NoEdit
 from cad.files import link_or_copy
 from cad.models.base import DiffusionModel
 from cad.weight_edit import WeightEdit
+from evaluation.engines.base import Engine, Order
 from evaluation.evaluators.base import CONCEPT, GENERAL, Evaluator, Record, score_image_set
 from evaluation.files import write_atomically
-from evaluation.generation import SamplerSettings, Watcher, check_prompts, generate
+from evaluation.generation import SamplerSettings, Watcher, check_prompts
 from evaluation.image_sets import ImageSet
 from evaluation.masking import Masker
 from evaluation.prompts import Prompt
@@ -55,9 +56,24 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class ModelBuild:
+    """Makes the configured model on a device, in any process: `evaluation.engines` sends it."""
+
+    adapter: str  # model.adapter of a settled configuration, as JSON: can be compared and hashed
+
+    def __call__(self, device: str) -> DiffusionModel:
+        quiet_libraries()
+        node = json.loads(self.adapter) | {"device": device}
+        model: DiffusionModel = hydra.utils.instantiate(node, _convert_="all")
+        return model
+
+
+@dataclass(frozen=True)
 class Parts:
     """What a configuration is made into before any work is done."""
 
+    engine: Engine
+    build: ModelBuild
     model: DiffusionModel
     concepts: tuple[Concept, ...]  # all of one kind
     method: Edit
@@ -124,11 +140,14 @@ def make_shard(cfg: DictConfig, folder: ResultFolder, shard: tuple[int, int]) ->
 
 
 def build_parts(cfg: DictConfig) -> Parts:
-    """Instantiate everything, the model first. Raises UserError for what is missing or misfits."""
-    quiet_libraries()
-    model: DiffusionModel = hydra.utils.instantiate(cfg.model.adapter, _convert_="all")
+    """Instantiate everything, the model early. Raises UserError for what is missing or misfits."""
+    engine: Engine = hydra.utils.instantiate(cfg.engine, _convert_="all")
+    build = ModelBuild(json.dumps(plain(cfg.model.adapter)))
+    model = build(cfg.device)
     concepts = tuple(hydra.utils.instantiate(node) for node in cfg.concepts.values())
     return Parts(
+        engine=engine,
+        build=build,
         model=model,
         concepts=concepts,
         method=build_method(cfg),
@@ -207,7 +226,8 @@ def make_images(
 ) -> Images:
     """Image sets without and with the edit; without only, for a method that changes nothing.
 
-    `watchers` are shown the images that they will be asked to score.
+    The configured engine makes them, a `shard` this process. `watchers` are shown the images that
+    they will be asked to score, as far as this process makes them.
     """
 
     def show(measured: str) -> Watcher:
@@ -222,15 +242,19 @@ def make_images(
     edits = {"before": NoEdit()(parts.model, *parts.concepts)}
     if not isinstance(parts.method, NoEdit):
         edits["after"] = edit
-    return {
-        measured: {
-            state: generate(
-                parts.model, applied, prompts, parts.settings, root, shard, show(measured)
-            )
-            for state, applied in edits.items()
-        }
+    orders = {
+        (measured, state): Order(applied, tuple(prompts), parts.settings, root, show(measured))
         for measured, prompts in parts.prompts.items()
+        for state, applied in edits.items()
     }
+    if shard is None:
+        sets = parts.engine.make(parts.model, parts.build, list(orders.values()))
+    else:
+        sets = [order.generate(parts.model, shard) for order in orders.values()]
+    images: Images = {}
+    for (measured, state), made in zip(orders, sets, strict=True):
+        images.setdefault(measured, {})[state] = made
+    return images
 
 
 def evaluate(

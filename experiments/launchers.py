@@ -1,10 +1,11 @@
-"""Launchers of `run.py -m` that outlive a job's death: hydra/launcher=submitit_slurm and _local.
+"""Launchers of `run.py -m`: hydra/launcher=submitit_slurm, submitit_local and ray.
 
-Jobs are hydra-submitit-launcher's, with three differences. Every job is waited for, also past one
-that was killed; the reason is left in its folder (`experiments.sweep`), where the multirun's
-summary and `experiments.make` find it. `hydra.launcher` is read in each job's own configuration, so
-that it may follow the job's model; on SLURM, jobs that ask for the same are one array. And the
-suite's resolvers are known in a job's process before its configuration is composed.
+Ray's is hydra-ray-launcher's, and says what to install where that is missing. Submitit's outlive a
+job's death. Their jobs are hydra-submitit-launcher's, with three differences. Every job is waited
+for, also past one that was killed; the reason is left in its folder (`experiments.sweep`), where
+the multirun's summary and `experiments.make` find it. `hydra.launcher` is read in each job's own
+configuration, so that it may follow the job's model; on SLURM, jobs that ask for the same are one
+array. And the suite's resolvers are known in a job's process before its configuration is composed.
 
 Hydra finds them in hydra_plugins/, and imports them at every start: what is slow to import comes
 when it is needed.
@@ -74,8 +75,33 @@ class Work:
         return DelayedSubmission(self, *arguments)
 
 
+class RayLauncher(Launcher):
+    """Each job as a task of Ray."""
+
+    def __init__(self, **settings: Any) -> None:
+        self._settings = settings
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        try:
+            from hydra_plugins.hydra_ray_launcher.ray_launcher import RayLauncher as Inner
+        except ImportError as error:
+            raise UserError(
+                "hydra/launcher=ray needs hydra-ray-launcher, which is not installed: "
+                ".venv/bin/pip install -e '.[ray]'"
+            ) from error
+        self._inner: Launcher = Inner(**self._settings)
+        self._inner.setup(hydra_context=hydra_context, task_function=task_function, config=config)
+
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        return self._inner.launch(job_overrides, initial_job_idx)
+
+
 class SubmititLauncher(Launcher):
-    """What both have in common: submit, wait, tell."""
+    """What both of submitit have in common: submit, wait, tell."""
 
     def __init__(self, **settings: Any) -> None:
         """What is given is read again for each job, as it resolves there."""

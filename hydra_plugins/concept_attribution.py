@@ -17,6 +17,10 @@ class LocalLauncher(launchers.LocalLauncher):
     """hydra/launcher=submitit_local."""
 
 
+class RayLauncher(launchers.RayLauncher):
+    """hydra/launcher=ray."""
+
+
 class OwnConfigurations(SearchPathPlugin):
     """Those of conf/hydra/launcher stand for the ones of the same name that come with plugins.
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import hydra
 import pytest
+from omegaconf import OmegaConf
 
 from cad.errors import UserError
 from experiments.config import REPOSITORY, register_resolvers
@@ -132,6 +133,13 @@ def test_rays_tasks_ask_for_what_the_model_needs(model: str, gpus: int) -> None:
         overrides = [f"model={model}", "hydra/launcher=ray"]
         cfg = hydra.compose("config", overrides, return_hydra_config=True)
     assert cfg.hydra.launcher.ray.remote.num_gpus == gpus
+
+
+def test_without_its_plugin_ray_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "hydra_plugins.hydra_ray_launcher.ray_launcher", None)
+    launcher = hydra.utils.get_class("hydra_plugins.concept_attribution.RayLauncher")()
+    with pytest.raises(UserError, match=r"needs hydra-ray-launcher.*pip install -e '\.\[ray\]'"):
+        launcher.setup(hydra_context=None, task_function=None, config=OmegaConf.create())
 
 
 def test_without_a_cluster_submitting_says_so(
