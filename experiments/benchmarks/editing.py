@@ -29,14 +29,12 @@ from omegaconf import DictConfig
 
 from cad.errors import UserError
 from cad.models.base import DiffusionModel, resolve_device
-from evaluation.files import write_atomically
+from experiments.benchmarks.measuring import write_benchmark
 from experiments.command_line import exit_status
 from experiments.composing import composer
 from experiments.config import check, plain, register_resolvers, settle
-from experiments.environment import describe_environment
 from experiments.experiment import build_method, quiet_libraries
-from experiments.rendering import DASH, show_table, to_markdown
-from experiments.results import write_json
+from experiments.rendering import DASH, show_table
 
 SMALL = "random-small"
 
@@ -137,18 +135,14 @@ def _cells(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def caption(config: DictConfig) -> str:
-    device = resolve_device(config.device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    return f"editing with weights={config.weights} on {name}; random weights: costs, not effects"
+    return f"Editing with weights={config.weights}; random weights: costs, not effects"
 
 
 def write(config: DictConfig, rows: Sequence[Mapping[str, Any]]) -> None:
     """editing_WEIGHTS.json and .md, as far as they are measured."""
-    folder, stem = Path(config.output), f"editing_{config.weights}"
-    environment = describe_environment(str(resolve_device(config.device)))
-    write_json(folder / f"{stem}.json", {"rows": list(rows), "environment": environment})
-    table = f"{caption(config)}\n\n{to_markdown(as_table(rows))}"
-    write_atomically(folder / f"{stem}.md", table.encode())
+    folder, name = Path(config.output), f"editing_{config.weights}"
+    device = resolve_device(config.device)
+    write_benchmark(folder, name, caption(config), rows, device, as_table(rows))
 
 
 def _free() -> None:

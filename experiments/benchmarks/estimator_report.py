@@ -15,7 +15,6 @@ from omegaconf import DictConfig
 from cad.models.base import DiffusionModel, resolve_device
 from evaluation.files import write_atomically
 from experiments.benchmarks.measuring import write_benchmark
-from experiments.environment import describe_environment
 from experiments.figures.style import BLACK, BLUE, GREEN, ORANGE, SKY, new_canvas, save
 from experiments.rendering import DASH, show_table
 
@@ -90,9 +89,8 @@ def _write(
     config: DictConfig, name: str, caption: str, table: pd.DataFrame, records: pd.DataFrame
 ) -> None:
     show_table(table, caption)
-    environment = describe_environment(str(resolve_device(config.device)))
     rows = [{str(k): v for k, v in row.items()} for row in records.to_dict("records")]
-    write_benchmark(Path(config.output), name, caption, rows, environment, table)
+    write_benchmark(Path(config.output), name, caption, rows, resolve_device(config.device), table)
 
 
 def summarise(frame: pd.DataFrame) -> pd.DataFrame:

@@ -1,18 +1,19 @@
-"""The generator against a plain loop over diffusers' pipeline: the same images, how much sooner.
+"""The generator against the pipeline, in a plain loop and in batches: the same images, sooner.
 
     python -m experiments.benchmarks.generation
-    python -m experiments.benchmarks.generation images_per_class=10 memory_images=2000
+    python -m experiments.benchmarks.generation rounds=1 memory_images=2000
     python -m experiments.benchmarks.generation model=sd14 model.weights=random device=cuda
 
 The loop is what one would write by hand: `pipeline(prompt, generator=...)` and `image.save(path)`,
-one image after another. Both write PNGs to a temporary folder; both are warmed up first.
+one image after another; the pipeline's own batches are as large as the generator's. All write PNGs
+to a temporary folder, and take turns.
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
 import tempfile
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,6 @@ import torch
 from hydra.utils import instantiate
 from numpy.typing import NDArray
 from omegaconf import DictConfig
-from tqdm import tqdm
 
 from cad.errors import UserError
 from cad.models.base import DiffusionModel
@@ -34,11 +34,12 @@ from cad.weight_edit import WeightEdit
 from evaluation.generation import SamplerSettings, Watcher, generate
 from evaluation.image_sets import ImageSet
 from evaluation.prompts import Prompt, build_prompts
+from experiments.benchmarks.measuring import alternate, medians, write_benchmark
 from experiments.command_line import exit_status
 from experiments.config import register_resolvers
 from experiments.rendering import show_table
 
-WARM_UP = 2  # images
+NAME = "generation"
 MB = 2**20
 
 register_resolvers()
@@ -51,7 +52,7 @@ def main(config: DictConfig) -> None:
     prompts = build_prompts(instantiate(config.prompts, _convert_="all"))
     pipeline = plain_pipeline(config, model)
     with tempfile.TemporaryDirectory() as folder:
-        compare(model, pipeline, prompts, settings, Path(folder))
+        compare(model, pipeline, prompts, settings, config, Path(folder))
         if config.memory_images:
             watch_memory(model, prompts, settings, Path(folder), config.memory_images)
 
@@ -72,32 +73,39 @@ def compare(
     pipeline: Any,
     prompts: list[Prompt],
     settings: SamplerSettings,
+    config: DictConfig,
     folder: Path,
 ) -> None:
-    """Print seconds and images per second of both, and by how much their images differ."""
-    loop(pipeline, prompts[:WARM_UP], settings, folder / "warm")
-    make(model, prompts[:WARM_UP], settings, folder / "warm")
-    before = time.perf_counter()
-    pictures = loop(pipeline, prompts, settings, folder / "loop")
-    between = time.perf_counter()
-    images = make(model, prompts, settings, folder / "generator")
-    seconds = {"plain loop": between - before, "generator": time.perf_counter() - between}
+    """Images per second of all three, and by how much the generator's differ from the loop's."""
+    fresh = (folder / str(index) for index in itertools.count())  # or nothing would be made
+    tasks = {
+        "plain loop": lambda: loop(pipeline, prompts, settings, next(fresh)),
+        "pipeline's batches": lambda: batches(pipeline, prompts, settings, next(fresh)),
+        "generator": lambda: make(model, prompts, settings, next(fresh)),
+    }
+    seconds = alternate(tasks, config.rounds)
+    found = medians(seconds)
     rows = [
         {
             "": name,
-            "seconds": f"{taken:.1f}",
-            "images per second": f"{len(prompts) / taken:.2f}",
-            "ratio": f"{seconds['plain loop'] / taken:.2f}",
+            "seconds": round(median, 2),
+            "images per second": round(len(prompts) / median, 2),
+            "ratio": round(found["plain loop"] / median, 2),
         }
-        for name, taken in seconds.items()
+        for name, median in found.items()
     ]
-    levels = np.abs(np.stack([picture for _, picture in images]).astype(int) - pictures)
+    plain = loop(pipeline, prompts, settings, next(fresh))
+    own = np.stack([picture for _, picture in make(model, prompts, settings, next(fresh))])
+    levels = np.abs(own.astype(int) - plain)
     caption = (
         f"{len(prompts)} images by {model.name}, {settings.steps} steps, batches of "
-        f"{settings.batch_size}, {model.device.type}, {torch.get_num_threads()} threads; largest "
-        f"difference {levels.max()} grey levels, {100 * (levels > 0).mean():.4f} % of values differ"
+        f"{settings.batch_size}, PNGs included: median of {config.rounds}; the generator's differ "
+        f"from the loop's in {100 * (levels > 0).mean():.4f} % of the values, by at most "
+        f"{levels.max()} grey levels"
     )
     show_table(pd.DataFrame(rows), caption)
+    measured = [row | {"rounds": seconds[str(row[""])]} for row in rows]
+    write_benchmark(Path(config.output), NAME, caption, measured, model.device, pd.DataFrame(rows))
 
 
 def loop(
@@ -107,17 +115,29 @@ def loop(
     folder: Path,
 ) -> NDArray[np.int64]:
     """The images of a plain loop, (N, H, W, 3), each saved as a PNG."""
-    folder.mkdir(exist_ok=True)
+    return batches(pipeline, prompts, replace(settings, batch_size=1), folder)
+
+
+def batches(
+    pipeline: Any,
+    prompts: list[Prompt],
+    settings: SamplerSettings,
+    folder: Path,
+) -> NDArray[np.int64]:
+    """The images as the pipeline makes several at once, (N, H, W, 3), each saved as a PNG."""
+    folder.mkdir()
     made = []
-    for index, prompt in enumerate(tqdm(prompts, "plain loop", unit="image", disable=None)):
-        image = pipeline(
-            prompt.text,
+    for start in range(0, len(prompts), settings.batch_size):
+        piece = prompts[start : start + settings.batch_size]
+        images = pipeline(
+            [prompt.text for prompt in piece],
             num_inference_steps=settings.steps,
             guidance_scale=settings.guidance,
-            generator=torch.Generator().manual_seed(prompt.seed),
-        ).images[0]
-        image.save(folder / f"{index:06d}.png")
-        made.append(np.asarray(image, dtype=np.int64))
+            generator=[torch.Generator().manual_seed(prompt.seed) for prompt in piece],
+        ).images
+        for index, image in enumerate(images, start):
+            image.save(folder / f"{index:06d}.png")
+            made.append(np.asarray(image, dtype=np.int64))
     return np.stack(made)
 
 

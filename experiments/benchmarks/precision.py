@@ -14,16 +14,12 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import hydra
 import pandas as pd
-import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from scipy.stats import spearmanr
 from torch import Tensor
 from tqdm import tqdm
 
@@ -31,25 +27,16 @@ from cad.attribution import GRADIENT_RMS
 from cad.edits import ScoredEdit
 from cad.errors import UserError
 from cad.models.base import DiffusionModel, resolve_device
-from evaluation.files import write_atomically
+from experiments.benchmarks.agreement import Agreement, agree
+from experiments.benchmarks.measuring import write_benchmark
 from experiments.command_line import exit_status
 from experiments.config import register_resolvers
-from experiments.environment import describe_environment
 from experiments.experiment import build_method, quiet_libraries
-from experiments.rendering import DASH, show_table, to_markdown
-from experiments.results import write_json
+from experiments.rendering import DASH, show_table
 
 REFERENCE = "float32"
 
 register_resolvers()
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """Of two sets of scores."""
-
-    rank_correlation: float  # Spearman's, over all scores
-    mask_overlap: float  # share of the reference's mask that the other chooses too
 
 
 @hydra.main(version_base="1.3", config_path="../../conf", config_name="benchmark_precision")
@@ -58,21 +45,13 @@ def main(config: DictConfig) -> None:
     rows = compare_precisions(config)
     table = pd.DataFrame(rows)
     caption = (
-        f"attribution of {config.concept.name} in model={config.model.name}, "
+        f"Attribution of {config.concept.name} in model={config.model.name}, "
         f"{config.model.attribution.samples} samples of {config.model.attribution.steps} steps, "
         f"against {REFERENCE} with the same noise"
     )
     show_table(table, caption)
-    folder = Path(config.output)
-    write_atomically(folder / "precision.md", f"{caption}\n\n{to_markdown(table)}".encode())
-    write_json(
-        folder / "precision.json",
-        {
-            "caption": caption,
-            "rows": rows,
-            "environment": describe_environment(str(resolve_device(config.device))),
-        },
-    )
+    device = resolve_device(config.device)
+    write_benchmark(Path(config.output), "precision", caption, rows, device, table)
 
 
 def compare_precisions(config: DictConfig) -> list[dict[str, str]]:
@@ -102,21 +81,6 @@ def compare_precisions(config: DictConfig) -> list[dict[str, str]]:
             }
             rows.append(row | _cells(agreement, time.perf_counter() - start))
     return rows
-
-
-def agree(
-    reference: Mapping[str, Tensor], other: Mapping[str, Tensor], method: ScoredEdit
-) -> Agreement:
-    """How far `other` agrees with `reference`; scores {name: (out, in)} of the same weights."""
-    flat = [torch.cat([each[name].flatten() for name in reference]) for each in (reference, other)]
-    masks = [method.selection.indices(each, method.sign) for each in (reference, other)]
-    chosen = sum(len(indices) for indices in masks[0].values())
-    both = sum(
-        int(torch.isin(indices, masks[1][name]).sum())
-        for name, indices in masks[0].items()
-        if name in masks[1]
-    )
-    return Agreement(float(spearmanr(*flat).statistic), both / chosen)
 
 
 def scored(

@@ -13,7 +13,7 @@ from cad.errors import UserError
 from cad.references import LatentFile
 from cad.selection import Selection
 from experiments.benchmarks import editing
-from experiments.benchmarks.precision import agree
+from experiments.benchmarks.agreement import agree
 from experiments.config import REPOSITORY, register_resolvers
 
 TABLE_10 = ("esd", "concept_prune", "rece", "uce", "erase shared", "erase restart")
