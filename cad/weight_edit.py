@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -175,7 +176,7 @@ class WeightEdit:
     def num_weights(self) -> int:
         return sum(change.num_weights for change in self.changes.values())
 
-    @property
+    @cached_property  # ESD's edits have gigabytes, and every task of an engine asks
     def fingerprint(self) -> str:
         """SHA-256 of the changes alone: the edit's identity in keys; "none" if nothing changes."""
         if not self.num_weights:

@@ -297,8 +297,8 @@ def notes(jobs: Sequence[Job], price: Prices, gpus: int) -> list[str]:
         f"Images a second: {', '.join(speeds)}. Seconds and sizes of the rest: conf/plan.yaml and "
         "conf/make.yaml, assumed.",
         f"All takes at least {in_words(least)}, with {len(jobs)} GPUs or more, a run each. The "
-        f"longest run: {longest.called}: {parts}. Its steps follow each other; shard=1/8 to 8/8 "
-        "have its images made by eight GPUs.",
+        f"longest run: {longest.called}: {parts}. Its steps follow each other; engine=ray, or "
+        "shard=1/8 to 8/8, have its images made by many GPUs.",
         "Time is that of all launched at once, waiting included; one item after another takes the "
         f"sum of theirs{'' if gpus < len(jobs) else ', and more GPUs change nothing'}.",
     ]
