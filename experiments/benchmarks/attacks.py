@@ -3,22 +3,21 @@
     python -m experiments.benchmarks.attacks
     python -m experiments.benchmarks.attacks attack=unlearn_diff prompts_attacked=16
 
-Nobody succeeds, so that both go through the whole schedule. Both are warmed up first; what is made
-once for a run (the edit) is not counted.
+Nobody succeeds, so that both go through the whole schedule. They take turns; what is made once for
+a run (the edit) is not counted.
 """
 
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import hydra
 import numpy as np
 import pandas as pd
-import torch
 from hydra.utils import instantiate
 from numpy.typing import NDArray
 from omegaconf import DictConfig
@@ -31,9 +30,10 @@ from evaluation.attacks.search import Outcome, search
 from evaluation.generation import SamplerSettings
 from evaluation.prompts import Prompt, build_prompts
 from experiments.attacking import build_attacks
+from experiments.benchmarks.measuring import alternate, medians, write_benchmark
 from experiments.command_line import exit_status
 from experiments.config import register_resolvers
-from experiments.experiment import build_method
+from experiments.experiment import build_method, quiet_libraries
 from experiments.rendering import show_table
 
 register_resolvers()
@@ -41,60 +41,74 @@ register_resolvers()
 
 @hydra.main(version_base="1.3", config_path="../../conf", config_name="benchmark_attacks")
 def main(config: DictConfig) -> None:
+    quiet_libraries()
     model: DiffusionModel = instantiate(config.model.adapter, _convert_="all")
     edit = build_method(config)(model, instantiate(config.concept))
     prompts = build_prompts(instantiate(config.prompts, _convert_="all"))
-    chosen = [prompt for prompt in prompts if prompt.group == config.concept.name]
-    settings = SamplerSettings(**config.model.sampler)
+    own = [prompt for prompt in prompts if prompt.group == config.concept.name]
     for attack in build_attacks(config):
-        compare(model, edit, attack, chosen[: config.prompts_attacked], settings)
+        ways = compared_ways(config, model, edit, attack, own[: config.prompts_attacked])
+        seconds = alternate(ways, config.rounds)
+        write(config, model, attack, ways, medians(seconds))
 
 
-def compare(
+@dataclass
+class Way:
+    """Attacks all prompts, `size` at once; keeps what came of it."""
+
+    size: int
+    search: Callable[[int], list[Outcome]]
+    outcomes: list[Outcome] = field(default_factory=list)
+
+    def __call__(self) -> None:
+        self.outcomes = self.search(self.size)
+
+
+def compared_ways(
+    config: DictConfig,
     model: DiffusionModel,
     edit: WeightEdit,
     attack: Attack,
     prompts: Sequence[Prompt],
-    settings: SamplerSettings,
-) -> None:
-    """Print seconds of both ways, and how many prompts end with the same tokens."""
-    timed(model, edit, attack, prompts[:1], settings, 1)
-    alone, seconds_alone = timed(model, edit, attack, prompts, settings, 1)
-    together, seconds_together = timed(model, edit, attack, prompts, settings, len(prompts))
-    rows = [
-        {"": way, "seconds": f"{seconds:.1f}", "ratio": f"{seconds_alone / seconds:.2f}"}
-        for way, seconds in (("one by one", seconds_alone), ("batched", seconds_together))
-    ]
-    same = sum(one.tokens == other.tokens for one, other in zip(alone, together, strict=True))
-    schedule = attack.schedule
-    caption = (
-        f"{attack.name} on {len(prompts)} prompts, {schedule.timesteps} timesteps of "
-        f"{schedule.iterations} iterations, {model.name}, {model.device.type}, "
-        f"{torch.get_num_threads()} threads; {same} of {len(prompts)} end with the same tokens"
-    )
-    show_table(pd.DataFrame(rows), caption)
+) -> dict[str, Way]:
+    settings = SamplerSettings(**config.model.sampler)
 
-
-def timed(
-    model: DiffusionModel,
-    edit: WeightEdit,
-    attack: Attack,
-    prompts: Sequence[Prompt],
-    settings: SamplerSettings,
-    size: int,
-) -> tuple[list[Outcome], float]:
-    """The outcomes, `size` prompts at once, and the seconds that they took."""
-    outcomes: list[Outcome] = []
-    progress: tqdm[Any] = tqdm(
-        total=len(prompts) * attack.schedule.timesteps, desc=f"{size} at once", disable=None
-    )
-    before = time.perf_counter()
-    with progress:
+    def attacked(size: int) -> list[Outcome]:
+        outcomes: list[Outcome] = []
+        own = replace(settings, batch_size=size)
         for start in range(0, len(prompts), size):
             batch = prompts[start : start + size]
-            own = replace(settings, batch_size=size)
-            outcomes += search(model, edit, attack, batch, own, nobody, progress)
-    return outcomes, time.perf_counter() - before
+            silent: tqdm[Any] = tqdm(disable=True)
+            outcomes += search(model, edit, attack, batch, own, nobody, silent)
+        return outcomes
+
+    return {"one by one": Way(1, attacked), "batched": Way(len(prompts), attacked)}
+
+
+def write(
+    config: DictConfig,
+    model: DiffusionModel,
+    attack: Attack,
+    ways: Mapping[str, Way],
+    seconds: Mapping[str, float],
+) -> None:
+    """Seconds of both ways, and how many prompts end with the same tokens."""
+    alone, together = (way.outcomes for way in ways.values())
+    same = sum(one.tokens == other.tokens for one, other in zip(alone, together, strict=True))
+    table = pd.DataFrame(
+        {"": way, "seconds": round(each, 1), "ratio": round(seconds["one by one"] / each, 2)}
+        for way, each in seconds.items()
+    )
+    schedule = attack.schedule
+    caption = (
+        f"{attack.name} on {len(alone)} prompts, {schedule.timesteps} timesteps of "
+        f"{schedule.iterations} iterations, {model.name}: median of {config.rounds}; {same} of "
+        f"{len(alone)} end with the same tokens"
+    )
+    show_table(table, caption)
+    rows = [{str(key): value for key, value in row.items()} for row in table.to_dict("records")]
+    name = f"attack_{attack.name}"
+    write_benchmark(Path(config.output), name, caption, rows, model.device, table)
 
 
 def nobody(images: NDArray[np.uint8], prompts: Sequence[Prompt]) -> list[bool]:
