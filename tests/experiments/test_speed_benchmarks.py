@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from weights import write_weights
 
 from cad.errors import UserError
-from experiments.benchmarks import edits, evaluators, generation, growth
+from experiments.benchmarks import attacks, edits, evaluators, generation, growth
 from experiments.benchmarks.measuring import alternate, medians, write_benchmark
 from experiments.config import REPOSITORY, register_resolvers
 
@@ -129,6 +129,23 @@ def test_three_ways_to_make_images(miniature: Path, tmp_path: Path) -> None:
     ways = [row[""] for row in kept["rows"]]
     assert ways == ["plain loop", "pipeline's batches", "generator"]
     assert kept["rows"][0]["ratio"] == 1.0
+
+
+def test_attacks_in_batches_end_as_one_by_one(miniature: Path, tmp_path: Path) -> None:
+    config = compose(
+        "attacks",
+        "rounds=1",
+        "prompts_attacked=2",
+        "quick.iterations=1",
+        "model.sampler.steps=2",
+        "dtype=float32",
+        f"paths.miniature={miniature}",
+        f"paths.results={tmp_path}",
+    )
+    run(attacks, config)
+    kept = read(tmp_path, "attack_p4d")
+    assert [row[""] for row in kept["rows"]] == ["one by one", "batched"]
+    assert "2 of 2 end with the same tokens" in kept["caption"]
 
 
 def test_growth_is_fitted_and_drawn(
