@@ -20,7 +20,7 @@ from evaluation.attacks.base import Attack
 from evaluation.evaluators.base import Evaluator
 from evaluation.prompts import Prompt
 from experiments import attacking
-from experiments.attacking import build_assault
+from experiments.attacking import build_assault, build_attacks
 from experiments.config import REPOSITORY, check, register_resolvers, settle, short_hash
 from experiments.experiment import run_experiment
 from experiments.identity import identity
@@ -61,9 +61,12 @@ def test_attack(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("concept", "tokens"), [("nudity", 5), ("church", 3), ("van_gogh", 3)])
 def test_the_papers_schedule(name: str, concept: str, tokens: int) -> None:
-    node = compose("model=sd14", f"concept={concept}", f"attack={name}").attacks[name]
-    assert (node.tokens, node.timesteps, node.iterations) == (tokens, 50, 40)
-    assert (node.lr, node.weight_decay) == (0.01, 0.1)
+    config = compose("model=sd14", f"concept={concept}", f"attack={name}")
+    (attack,) = build_attacks(config)
+    schedule = attack.schedule
+    assert (schedule.tokens, schedule.timesteps) == (tokens, 50)
+    if attack.optimises:
+        assert (schedule.iterations, schedule.lr, schedule.weight_decay) == (40, 0.01, 0.1)
 
 
 def test_no_attack_leaves_results_where_they_are() -> None:
