@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from omegaconf import DictConfig
 
-from cad.models.base import DiffusionModel, resolve_device
+from cad.models.base import resolve_device
 from evaluation.files import write_atomically
 from experiments.benchmarks.measuring import write_benchmark
 from experiments.figures.style import BLACK, BLUE, GREEN, ORANGE, SKY, new_canvas, save
@@ -40,49 +40,38 @@ class Row:
     mask_overlap: dict[str, float]
 
 
-def write_report(
-    config: DictConfig,
-    model: DiffusionModel,
-    rows: Sequence[Row],
-    rate: float,
-    effects: pd.DataFrame,
-) -> None:
-    """estimators.md, .json and .png in the output folder, and what follows from them beside it.
+def write_quality(config: DictConfig, rows: Sequence[Row], rate: float) -> None:
+    """estimators.md, .json and .png in the output folder, and who is as good for less beside it.
 
     rate: FLOP/s of the machine's matrix products. The tables are shown, too.
     """
     references, baseline = list(config.references), str(config.baseline)
     frame = pd.json_normalize([asdict(row) for row in rows])
     summary = summarise(frame)
-    of = f"{config.concept.name} in model={model.name}, {config.component} weights"
-    _write(
-        config,
-        NAME,
-        f"Attribution of {of}: medians of time and means of quality over {config.rounds} rounds, "
-        f"{int(frame['cached'].sum())} of {len(frame)} times from an earlier run; the machine "
-        f"multiplies matrices at {rate / 1e9:.0f} GFLOP/s",
-        as_table(summary, references, rate, baseline),
-        frame,
+    caption = (
+        f"Attribution of {_what(config)}: medians of time and means of quality over "
+        f"{config.rounds} rounds, {int(frame['cached'].sum())} of {len(frame)} times from an "
+        f"earlier run; the machine multiplies matrices at {rate / 1e9:.0f} GFLOP/s"
     )
+    _write(config, NAME, caption, as_table(summary, references, rate, baseline), frame)
     equal = at_equal_quality(summary, references, baseline)
-    _write(
-        config,
-        f"{NAME}_equal_quality",
-        f"The cheapest that is at least as good, of {of}",
-        equal,
-        equal,
-    )
-    if len(effects):
-        _write(
-            config,
-            f"{NAME}_effects",
-            f"Accuracy after edits made from such scores, of {of}, %: mean, least and most of "
-            f"{config.effects.rounds} rounds ({' '.join(config.effects.overrides)})",
-            effects_table(effects),
-            effects,
-        )
+    caption = f"The cheapest that is at least as good, of {_what(config)}"
+    _write(config, f"{NAME}_equal_quality", caption, equal, equal)
     picture = save(draw(summary, references[0]))["png"]
     write_atomically(Path(config.output) / f"{NAME}.png", picture)
+
+
+def write_effects(config: DictConfig, effects: pd.DataFrame) -> None:
+    """estimators_effects.md and .json."""
+    caption = (
+        f"Accuracy after edits made from such scores, of {_what(config)}, %: mean, least and most "
+        f"of {config.effects.rounds} rounds ({' '.join(config.effects.overrides)})"
+    )
+    _write(config, f"{NAME}_effects", caption, effects_table(effects), effects)
+
+
+def _what(config: DictConfig) -> str:
+    return f"{config.concept.name} in model={config.model.name}, {config.component} weights"
 
 
 def _write(

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-import pandas as pd
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from tqdm import tqdm
@@ -38,7 +37,7 @@ from cad.score_store import Scored, ScoreStore
 from experiments.benchmarks.agreement import agree
 from experiments.benchmarks.estimator_costs import FlopCounts, matrix_rate, peak_memory_mb
 from experiments.benchmarks.estimator_effects import measured_effects
-from experiments.benchmarks.estimator_report import Row, write_report
+from experiments.benchmarks.estimator_report import Row, write_effects, write_quality
 from experiments.command_line import exit_status
 from experiments.config import plain, register_resolvers
 from experiments.experiment import build_method, quiet_libraries
@@ -117,9 +116,9 @@ def main(config: DictConfig) -> None:
     trials = bench.trials()  # first: what is wrong with them is told before the work
     with logging_redirect_tqdm():
         rows = list(measure(bench, trials, bench.references()))
-    rate = matrix_rate(bench.model.device, bench.model.dtype)
-    effects = measured_effects(config) if config.effects.rounds else pd.DataFrame()
-    write_report(config, bench.model, rows, rate, effects)
+    write_quality(config, rows, matrix_rate(bench.model.device, bench.model.dtype))
+    if config.effects.rounds:
+        write_effects(config, measured_effects(config))
 
 
 def check(config: DictConfig) -> None:
