@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections.abc import Iterator
@@ -84,6 +85,7 @@ class _ResidentPeak:
     kind = "resident growth"
 
     def __init__(self) -> None:
+        gc.collect()  # garbage of earlier work, freed meanwhile, would hide as much of the growth
         self._process = psutil.Process()
         self._start = self._peak = self._process.memory_info().rss
         self._done = threading.Event()

@@ -113,9 +113,9 @@ def test_digests_see_names_shapes_dtypes_and_values():
 def test_the_instrument_sees_time_and_memory():
     with measure(torch.device("cpu")) as meter:
         block = torch.ones(20_000_000)  # 80 MB
-        time.sleep(0.06)
+        time.sleep(0.5)  # many looks, for a machine on which threads wait for their turn
         del block
-    assert 0.06 <= meter.cost.seconds < 5
+    assert meter.cost.seconds >= 0.5
     assert meter.cost.peak_memory_mb > 40
     assert not meter.cost.cached
     assert meter.cost.memory_kind == "resident growth"
