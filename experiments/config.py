@@ -176,15 +176,21 @@ def _check_attack(cfg: DictConfig) -> None:
         )
 
 
-def settle(cfg: DictConfig) -> DictConfig:
+def settle(cfg: DictConfig, *, for_gpu: bool = False) -> DictConfig:
     """A copy of `cfg` whose device and dtype are chosen: "auto" becomes what this machine has.
 
+    `for_gpu`: what it becomes on a machine that has a GPU; then nobody asks what this one has.
     Raises UserError for a device that is not there.
     """
+    import torch
+
     from cad.models.base import resolve_device, resolve_dtype
 
     settled: DictConfig = cfg.copy()
-    device = resolve_device(cfg.device)
+    if for_gpu:
+        device = torch.device("cuda" if cfg.device == "auto" else cfg.device)
+    else:
+        device = resolve_device(cfg.device)
     settled.device = str(device)
     settled.dtype = str(resolve_dtype(cfg.dtype, device)).removeprefix("torch.")
     return settled

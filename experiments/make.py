@@ -33,7 +33,7 @@ from experiments.figures.figure import read_figure
 from experiments.figures.making import make_figure
 from experiments.items.estimate import Work, missing_work, note_throughput, rates
 from experiments.items.item import MINIATURE, MODEL, Item
-from experiments.items.launch import blocks, launch
+from experiments.items.launch import blocks, is_for_gpus_elsewhere, launch
 from experiments.items.overview import Plan, kept, plan_item, show_plan, status_line, summary
 from experiments.items.plan import Overrides, of_configuration
 from experiments.items.preflight import check_machine
@@ -144,7 +144,8 @@ def check_models(config: DictConfig, item: Item, passed: Sequence[str]) -> None:
         first = {place[MODEL]: place for place in sweep.places() if not sweep.skipped(place)}
         for place in first.values():
             overrides = sweep.overrides(place, [*shlex.split(config.overrides), *passed])
-            check_machine(compose("config", of_configuration(overrides)), item.command)
+            cfg = compose("config", of_configuration(overrides))
+            check_machine(cfg, item.command, gpu=not is_for_gpus_elsewhere(item, config.launcher))
 
 
 def run_missing(config: DictConfig, plan: Plan) -> dict[Overrides, str]:

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from cad.errors import UserError
 from experiments.config import REPOSITORY, short_hash
+from experiments.items.item import Item
 from experiments.items.plan import Overrides, Run, cartesian_blocks, of_configuration
 from experiments.results import read_json
 from experiments.sweep import LINK
@@ -25,6 +26,7 @@ PLUGINS = {  # launcher: what Hydra needs for it, and the extra that has it
     "submitit_local": ("hydra_submitit_launcher", "slurm"),
     "ray": ("hydra_ray_launcher", "ray"),
 }
+ELSEWHERE = ("submitit_slurm", "ray")  # launchers whose jobs may run on other machines than this
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +85,11 @@ def launch(block: Block, sweeps: Path, launcher: str | None) -> dict[Overrides, 
         otherwise = f"it left no result (exit status {finished.returncode}; {log})"
         failed[run.overrides] = told.get(run.overrides, otherwise)
     return failed
+
+
+def is_for_gpus_elsewhere(item: Item, launcher: str | None) -> bool:
+    """Whether the item's runs get a GPU from the launcher, so that this machine needs none."""
+    return launcher in ELSEWHERE and not item.sweep.is_miniature
 
 
 def check_launcher(launcher: str | None) -> None:

@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 
 from experiments.items.estimate import Work, missing_work, rates
 from experiments.items.item import MINIATURE, Item, Place, parse_filter
+from experiments.items.launch import is_for_gpus_elsewhere
 from experiments.items.plan import Run, State, find_runs
 from experiments.items.preflight import lacking
 from experiments.rendering import DASH, show_table
@@ -66,7 +67,8 @@ def plan_item(config: DictConfig, item: Item, passed: Sequence[str], *, whole: b
     overrides = [sweep.overrides(place, more) for place in places]
     reasons = [sweep.skipped(place) for place in places]
     pairs = list(zip(places, overrides, reasons, strict=True))
-    found = find_runs(each for _, each, reason in pairs if reason is None)
+    possible = [each for _, each, reason in pairs if reason is None]
+    found = find_runs(possible, for_gpu=is_for_gpus_elsewhere(item, config.launcher))
     runs = [
         (place, found[each] if reason is None else Run(each, State.REFUSED, reason))
         for place, each, reason in pairs
@@ -89,8 +91,9 @@ def show_plan(config: DictConfig, plan: Plan) -> None:
     frame = pd.DataFrame(rows)
     show_table(frame if any(frame["because"]) else frame.drop(columns="because"), caption)
     models = {str(run.cfg.model.name): run.cfg for run in plan.missing() if run.cfg is not None}
+    gpu = not is_for_gpus_elsewhere(plan.item, config.launcher)
     for name, cfg in models.items():
-        for what in () if name == MINIATURE else lacking(cfg):
+        for what in () if name == MINIATURE else lacking(cfg, gpu=gpu):
             log.warning("model=%s: %s", name, what)
 
 

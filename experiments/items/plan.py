@@ -57,12 +57,15 @@ class Run:
         return replace(self, state=_state(self.result))
 
 
-def find_runs(wanted: Iterable[Overrides]) -> dict[Overrides, Run]:
-    """Each run that is wanted, in order, each once; what `run.py` would refuse is refused here."""
+def find_runs(wanted: Iterable[Overrides], *, for_gpu: bool = False) -> dict[Overrides, Run]:
+    """Each run that is wanted, in order, each once; what `run.py` would refuse is refused here.
+
+    `for_gpu`: as they are where there is a GPU, which this machine need not have.
+    """
     distinct = list(dict.fromkeys(wanted))
     with composer() as compose:
         bar = tqdm(distinct, "looking for results", unit="run", leave=False, disable=None)
-        return {overrides: _find(overrides, compose) for overrides in bar}
+        return {overrides: _find(overrides, compose, for_gpu) for overrides in bar}
 
 
 def cartesian_blocks(combinations: Iterable[Overrides]) -> list[Block]:
@@ -91,11 +94,11 @@ def of_configuration(overrides: Iterable[str]) -> list[str]:
     return [each for each in overrides if not each.startswith(LAUNCHER_KEYS)]
 
 
-def _find(overrides: Overrides, compose: Compose) -> Run:
+def _find(overrides: Overrides, compose: Compose, for_gpu: bool) -> Run:
     try:
         cfg = compose("config", of_configuration(overrides))
         check(cfg)
-        cfg = settle(cfg)
+        cfg = settle(cfg, for_gpu=for_gpu)
         result = ResultFolder.of(cfg)
     except SHOWN as error:
         message = find_mistake(error)

@@ -12,13 +12,14 @@ from cad.models.hub import INDEX, Source
 from cad.models.stable_diffusion_3 import T5_PARTS
 
 
-def check_machine(cfg: DictConfig, instead: str) -> None:
+def check_machine(cfg: DictConfig, instead: str, *, gpu: bool = True) -> None:
     """Raise UserError if the run's model needs a GPU or weights that are not here.
 
-    Downloads weights that can be downloaded, but not where there is no GPU. `instead` is a command
-    that works without them. A device that is named (device=cpu) is taken as meant.
+    Downloads weights that can be downloaded, but not where a GPU lacks. `instead` is a command
+    that works without them. A device that is named (device=cpu) is taken as meant. `gpu`: whether
+    this machine has to have one; not if the runs go to others.
     """
-    if cfg.device == "auto" and not gpu_is_here(cfg):
+    if gpu and cfg.device == "auto" and not gpu_is_here(cfg):
         raise UserError(
             f"model={cfg.model.name} cannot be run here: {'; '.join(lacking(cfg))}. In its "
             f"miniature the item can be made here and now: {instead}. (OVERRIDES=device=cpu has "
@@ -34,9 +35,9 @@ def check_machine(cfg: DictConfig, instead: str) -> None:
         raise UserError(f"{error} The miniature: {instead}") from error
 
 
-def lacking(cfg: DictConfig) -> list[str]:
-    """What the run's model needs and this machine has not, in words."""
-    found = [] if gpu_is_here(cfg) else ["it needs a GPU, and this machine has none"]
+def lacking(cfg: DictConfig, *, gpu: bool = True) -> list[str]:
+    """What the run's model needs and this machine has not, in words; `gpu` as above."""
+    found = [] if not gpu or gpu_is_here(cfg) else ["it needs a GPU, and this machine has none"]
     if cfg.model.weights == PUBLISHED and not weights_are_here(cfg):
         source = cfg.model.source
         gated = ", gated: accept the licence there and set a token" if source.gated else ""

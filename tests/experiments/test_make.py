@@ -10,10 +10,11 @@ import pytest
 from tables_fixture import NUMBERS, compose_tables
 
 from cad.errors import UserError
+from cad.models.base import resolve_device
 from cad.models.hub import Source
 from experiments import make
 from experiments.items import preflight
-from experiments.items.overview import in_words
+from experiments.items.overview import Plan, in_words
 from experiments.make import program
 
 # Every method meets every kind of concept once, and every axis is walked; a whole table takes long.
@@ -104,6 +105,26 @@ def test_with_a_gpu_the_hubs_own_words_are_shown(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(preflight, "gpu_is_here", lambda cfg: True)
     with pytest.raises(UserError, match=r"The weights CompVis/.* make table1 MODEL=mini"):
         ask("table=table01")
+
+
+def test_runs_on_a_clusters_gpus_are_planned_where_there_is_none(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(Source, "locate", lambda self, without: None)
+    launched: list[Plan] = []
+    monkeypatch.setattr(make, "run_missing", lambda config, plan: launched.append(plan) or {})
+    places = (f"paths.results={tmp_path}", f"output={tmp_path}", 'filter="concept=church"')
+    ask("table=table01", "launcher=submitit_slurm", *places)
+    ask("table=table01", "model=mini", "launcher=submitit_slurm", *places)
+    cluster, here = ({run.cfg.device for run in plan.missing() if run.cfg} for plan in launched)
+    assert cluster == {"cuda"}
+    assert here == {str(resolve_device("auto"))}
+
+    ask("table=table01", "launcher=submitit_slurm", "dry=true", *places)
+    assert "weights are not on this machine" in caplog.text
+    assert "needs a GPU" not in caplog.text
+    with pytest.raises(UserError, match="it needs a GPU"):
+        ask("table=table01", "launcher=submitit_local", *places)
 
 
 def test_all_tables_go_on_past_one_that_cannot_be_made(
