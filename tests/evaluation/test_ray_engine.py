@@ -29,7 +29,7 @@ pytestmark = pytest.mark.ray
 
 SETTINGS = SamplerSettings(steps=15, guidance=2.0, kind="default", batch_size=2)
 PROMPTS = build_prompts(ObjectPrompts({"church": "church", "face": "face"}, 12, seed=0))
-DEADLINE = 60  # seconds
+DEADLINE = 300  # seconds
 
 
 @pytest.fixture(scope="module")
