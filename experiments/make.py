@@ -31,7 +31,13 @@ from experiments.composing import CONF, composer
 from experiments.config import register_resolvers
 from experiments.figures.figure import read_figure
 from experiments.figures.making import make_figure
-from experiments.items.estimate import Work, missing_work, note_throughput, rates
+from experiments.items.estimate import (
+    Work,
+    is_on_one_device,
+    missing_work,
+    note_throughput,
+    rates,
+)
 from experiments.items.item import MINIATURE, MODEL, Item
 from experiments.items.launch import blocks, is_for_gpus_elsewhere, launch
 from experiments.items.overview import Plan, kept, plan_item, show_plan, status_line, summary
@@ -160,7 +166,8 @@ def run_missing(config: DictConfig, plan: Plan) -> dict[Overrides, str]:
         seconds = time.perf_counter() - start
         failed |= problems
         runs = [run.looked_up() for run in runs]
-        if not problems and len(work.images) == 1:
+        alone = config.launcher is None and all(is_on_one_device(run) for run in block.runs)
+        if alone and not problems and len(work.images) == 1:
             (model,) = work.images
             others = Work({}, work.edits, work.attacked)
             seconds -= rates(runs, config.assumed, kept(config), others).seconds(others)

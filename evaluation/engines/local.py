@@ -46,7 +46,7 @@ class LocalEngine(Engine):
     def make(
         self, model: DiffusionModel, build: BuildModel, orders: Sequence[Order]
     ) -> list[ImageSet]:
-        devices = self._devices()
+        devices = self.devices()
         if len(devices) == 1:
             return [order.generate(model) for order in orders]
         shares: list[Share] = [[] for _ in devices]
@@ -59,7 +59,7 @@ class LocalEngine(Engine):
             _wait_for(others)
         return finish(model, orders)
 
-    def _devices(self) -> list[str]:
+    def devices(self) -> list[str]:
         """Of each process, this one's first."""
         if self.device != "cuda":
             return [self.device] * (self.processes or 1)

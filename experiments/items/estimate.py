@@ -17,6 +17,7 @@ from typing import Any
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig
 
+from evaluation.engines.local import LocalEngine
 from evaluation.evaluators.base import CONCEPT, Evaluator
 from experiments.config import plain, short_hash
 from experiments.items.plan import Run, State
@@ -102,6 +103,14 @@ def rates(runs: Sequence[Run], assumed: Mapping[str, Any], folder: Path, work: W
         model: float(assumed[model]["seconds_per_attacked_prompt"]) for model in work.attacked
     }
     return Rates(images, edits, attacked, frozenset(images.keys() & measured.keys()))
+
+
+def is_on_one_device(run: Run) -> bool:
+    """Whether its images are made on one device of this machine, so that its speed is that's."""
+    cfg = run.cfg
+    if cfg is None or get_class(cfg.engine._target_) is not LocalEngine:
+        return False
+    return len(LocalEngine(cfg.engine.device, cfg.engine.processes).devices()) == 1
 
 
 def note_throughput(folder: Path, model: str, images: int, seconds: float) -> None:

@@ -85,9 +85,9 @@ def test_alone_it_is_the_plain_call(
 
 def test_each_visible_gpu_has_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert LocalEngine("cuda")._devices() == ["cuda:0", "cuda:1"]
-    assert LocalEngine("cuda", 3)._devices() == ["cuda:0", "cuda:1", "cuda:0"]
-    assert LocalEngine("cuda:1")._devices() == ["cuda:1"]
+    assert LocalEngine("cuda").devices() == ["cuda:0", "cuda:1"]
+    assert LocalEngine("cuda", 3).devices() == ["cuda:0", "cuda:1", "cuda:0"]
+    assert LocalEngine("cuda:1").devices() == ["cuda:1"]
 
 
 def test_pieces_are_of_shards_that_lack_something(model: ToyModel, tmp_path: Path) -> None:

@@ -11,7 +11,14 @@ from tables_fixture import finished_run
 
 from cad.errors import UserError
 from experiments.items import launch
-from experiments.items.estimate import FEWEST, Work, missing_work, note_throughput, rates
+from experiments.items.estimate import (
+    FEWEST,
+    Work,
+    is_on_one_device,
+    missing_work,
+    note_throughput,
+    rates,
+)
 from experiments.items.item import parse_filter
 from experiments.items.launch import (
     LINK,
@@ -157,6 +164,12 @@ def test_attacked_prompts_are_counted_with_every_attack(tmp_path: Path) -> None:
     assert missing_work(runs, runs[:1], {}).attacked == {"mini": 2 * 30}  # at most
     work = Work({}, {}, {"mini": 4})
     assert rates([], ASSUMED, tmp_path, work).seconds(work) == 4 * 5
+
+
+def test_speed_is_a_devices_only_where_there_is_one() -> None:
+    settings = [(), ("engine.processes=2",), ("engine=ray",)]
+    runs = find_runs([("model=mini", "edit=none", "device=cpu", *each) for each in settings])
+    assert [is_on_one_device(run) for run in runs.values()] == [True, False, False]
 
 
 def test_time_is_estimated_from_what_was_measured(tmp_path: Path) -> None:
