@@ -151,8 +151,9 @@ def test_runs_are_found_refused_and_counted(tmp_path: Path) -> None:
     assert missing_work(done, done[:2], {}) == Work({"mini": 30}, {("mini", "erase"): 1})
 
 
-def test_published_prompts_are_counted_without_their_files() -> None:
-    runs = list(find_runs([("model=sd14", "concept=nudity", "edit=none", "limit=100")]).values())
+def test_published_prompts_are_counted_without_their_files(tmp_path: Path) -> None:
+    wanted = ("model=sd14", "concept=nudity", "edit=none", "limit=100", f"paths.results={tmp_path}")
+    runs = list(find_runs([wanted]).values())
     assert missing_work(runs, runs, {"i2p": 4702}) == Work({"sd14": 100}, {})
 
 

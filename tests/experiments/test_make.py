@@ -61,7 +61,8 @@ def no_gpu_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def ask(*overrides: str) -> None:
-    program(compose_tables(*overrides), overrides, ["logger=none"])
+    places = [each for each in overrides if each.startswith("paths.")]
+    program(compose_tables(*overrides), overrides, ["logger=none", *places])
 
 
 @pytest.mark.parametrize("number", NUMBERS)
