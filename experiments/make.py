@@ -151,7 +151,7 @@ def check_models(config: DictConfig, item: Item, passed: Sequence[str]) -> None:
         for place in first.values():
             overrides = sweep.overrides(place, [*shlex.split(config.overrides), *passed])
             cfg = compose("config", of_configuration(overrides))
-            check_machine(cfg, item.command, gpu=not is_for_gpus_elsewhere(item, config.launcher))
+            check_machine(cfg, item.command, gpu=not is_for_gpus_elsewhere(item, config))
 
 
 def run_missing(config: DictConfig, plan: Plan) -> dict[Overrides, str]:

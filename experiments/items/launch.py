@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from cad.errors import UserError
 from experiments.config import REPOSITORY, short_hash
@@ -21,12 +21,13 @@ from experiments.sweep import LINK
 
 PROGRAM = "run.py"
 OVERRIDES = Path(".hydra") / "overrides.yaml"  # in a job's folder
+SLURM, RAY = "submitit_slurm", "ray"  # launchers whose jobs may run on other machines than this
+RAY_ADDRESS = "hydra.launcher.ray.init.address="  # without it Ray is this machine alone
 PLUGINS = {  # launcher: what Hydra needs for it, and the extra that has it
-    "submitit_slurm": ("hydra_submitit_launcher", "slurm"),
+    SLURM: ("hydra_submitit_launcher", "slurm"),
     "submitit_local": ("hydra_submitit_launcher", "slurm"),
-    "ray": ("hydra_ray_launcher", "ray"),
+    RAY: ("hydra_ray_launcher", "ray"),
 }
-ELSEWHERE = ("submitit_slurm", "ray")  # launchers whose jobs may run on other machines than this
 
 logger = logging.getLogger(__name__)
 
@@ -87,9 +88,10 @@ def launch(block: Block, sweeps: Path, launcher: str | None) -> dict[Overrides, 
     return failed
 
 
-def is_for_gpus_elsewhere(item: Item, launcher: str | None) -> bool:
-    """Whether the item's runs get a GPU from the launcher, so that this machine needs none."""
-    return launcher in ELSEWHERE and not item.sweep.is_miniature
+def is_for_gpus_elsewhere(item: Item, config: DictConfig) -> bool:
+    """Whether the item's runs get a cluster's GPUs, so that this machine needs none."""
+    on_ray = config.launcher == RAY and RAY_ADDRESS in config.overrides
+    return (config.launcher == SLURM or on_ray) and not item.sweep.is_miniature
 
 
 def check_launcher(launcher: str | None) -> None:

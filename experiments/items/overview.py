@@ -68,7 +68,7 @@ def plan_item(config: DictConfig, item: Item, passed: Sequence[str], *, whole: b
     reasons = [sweep.skipped(place) for place in places]
     pairs = list(zip(places, overrides, reasons, strict=True))
     possible = [each for _, each, reason in pairs if reason is None]
-    found = find_runs(possible, for_gpu=is_for_gpus_elsewhere(item, config.launcher))
+    found = find_runs(possible, for_gpu=is_for_gpus_elsewhere(item, config))
     runs = [
         (place, found[each] if reason is None else Run(each, State.REFUSED, reason))
         for place, each, reason in pairs
@@ -91,7 +91,7 @@ def show_plan(config: DictConfig, plan: Plan) -> None:
     frame = pd.DataFrame(rows)
     show_table(frame if any(frame["because"]) else frame.drop(columns="because"), caption)
     models = {str(run.cfg.model.name): run.cfg for run in plan.missing() if run.cfg is not None}
-    gpu = not is_for_gpus_elsewhere(plan.item, config.launcher)
+    gpu = not is_for_gpus_elsewhere(plan.item, config)
     for name, cfg in models.items():
         for what in () if name == MINIATURE else lacking(cfg, gpu=gpu):
             log.warning("model=%s: %s", name, what)

@@ -14,6 +14,7 @@ from cad.models.base import resolve_device
 from cad.models.hub import Source
 from experiments import make
 from experiments.items import preflight
+from experiments.items.launch import RAY_ADDRESS
 from experiments.items.overview import Plan, in_words
 from experiments.make import program
 
@@ -124,8 +125,11 @@ def test_runs_on_a_clusters_gpus_are_planned_where_there_is_none(
     ask("table=table01", "launcher=submitit_slurm", "dry=true", *places)
     assert "weights are not on this machine" in caplog.text
     assert "needs a GPU" not in caplog.text
-    with pytest.raises(UserError, match="it needs a GPU"):
-        ask("table=table01", "launcher=submitit_local", *places)
+    ask("table=table01", "launcher=ray", "dry=true", *places, f'overrides="{RAY_ADDRESS}auto"')
+    assert "needs a GPU" not in caplog.text
+    for launcher in ("submitit_local", "ray"):
+        with pytest.raises(UserError, match="it needs a GPU"):
+            ask("table=table01", f"launcher={launcher}", *places)
 
 
 def test_all_tables_go_on_past_one_that_cannot_be_made(
