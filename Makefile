@@ -56,7 +56,7 @@ plan: $(READY) ## what they all take, from nothing: GPU hours, time, storage; MO
 report: $(READY) ## every table and figure that was made, in one HTML page; MODEL=mini
 	$(BIN)/python -m experiments.report $(if $(MODEL),only=$(MODEL)) $(ARGS)
 
-bench: $(READY) ## speed on the miniature against what it replaces (two hours on two cores), into results/bench; BENCHES="edits growth" for some
+bench: $(READY) ## speed on the miniature against what it replaces (hours on two cores), into results/bench; BENCHES="edits growth" for some
 	for bench in $(BENCHES); do $(BIN)/python -m experiments.benchmarks.$$bench $(ARGS) || exit; done
 
 bench-full: $(READY) ## time and memory of every edit, and images per second, at full size on random weights; WEIGHTS=random-small tries it anywhere

@@ -20,7 +20,6 @@ from experiments.config import REPOSITORY, register_resolvers
 
 CPU = ("device=cpu",)
 GROWTH = (
-    "rounds=1",
     "works.attribution.base={steps: 2, samples: 2, width: 1}",
     "works.generation.base={steps: 2, images: 2, width: 1}",
     "works.attribution.grows={steps: [1, 2], samples: [1, 2], width: [1, 2]}",
@@ -31,6 +30,13 @@ GROWTH = (
 @pytest.fixture(scope="module")
 def miniature(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_weights(tmp_path_factory.mktemp("miniature"))
+
+
+@pytest.fixture
+def small(miniature: Path, tmp_path: Path) -> tuple[str, ...]:
+    """Overrides for one round on small weights, written below the test's folder."""
+    places = (f"paths.miniature={miniature}", f"paths.results={tmp_path}")
+    return ("rounds=1", "dtype=float32", *places)
 
 
 def compose(name: str, *overrides: str) -> DictConfig:
@@ -96,15 +102,14 @@ def test_a_sweep_costs_one_attribution(
     assert every["seconds"] >= 0
 
 
-def test_evaluators_are_measured_and_missing_ones_named(miniature: Path, tmp_path: Path) -> None:
+def test_evaluators_are_measured_and_missing_ones_named(
+    small: tuple[str, ...], tmp_path: Path
+) -> None:
     config = compose(
         "evaluators",
         "evaluator=[accuracy,clip_score]",
         "images=4",
-        "rounds=1",
-        "dtype=float32",
-        f"paths.miniature={miniature}",
-        f"paths.results={tmp_path}",
+        *small,
         "model.classifier.folder=/nowhere",
     )
     run(evaluators, config)
@@ -113,16 +118,13 @@ def test_evaluators_are_measured_and_missing_ones_named(miniature: Path, tmp_pat
     assert "/nowhere" in rows["accuracy"]["why"]
 
 
-def test_three_ways_to_make_images(miniature: Path, tmp_path: Path) -> None:
+def test_three_ways_to_make_images(small: tuple[str, ...], tmp_path: Path) -> None:
     config = compose(
         "generation",
-        "rounds=1",
         "images_per_class=1",
         "model.sampler.steps=2",
         "model.sampler.batch_size=4",
-        "dtype=float32",
-        f"paths.miniature={miniature}",
-        f"paths.results={tmp_path}",
+        *small,
     )
     run(generation, config)
     kept = read(tmp_path, "generation")
@@ -131,16 +133,13 @@ def test_three_ways_to_make_images(miniature: Path, tmp_path: Path) -> None:
     assert kept["rows"][0]["ratio"] == 1.0
 
 
-def test_attacks_in_batches_end_as_one_by_one(miniature: Path, tmp_path: Path) -> None:
+def test_attacks_in_batches_end_as_one_by_one(small: tuple[str, ...], tmp_path: Path) -> None:
     config = compose(
         "attacks",
-        "rounds=1",
         "prompts_attacked=2",
         "quick.iterations=1",
         "model.sampler.steps=2",
-        "dtype=float32",
-        f"paths.miniature={miniature}",
-        f"paths.results={tmp_path}",
+        *small,
     )
     run(attacks, config)
     kept = read(tmp_path, "attack_p4d")
@@ -149,11 +148,10 @@ def test_attacks_in_batches_end_as_one_by_one(miniature: Path, tmp_path: Path) -
 
 
 def test_growth_is_fitted_and_drawn(
-    miniature: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(growth, "in_a_process", growth.measured)  # here: a process takes seconds
-    places = (f"paths.miniature={miniature}", f"paths.results={tmp_path}", "dtype=float32")
-    run(growth, compose("growth", *GROWTH, *places))
+    run(growth, compose("growth", *GROWTH, *small))
     rows = read(tmp_path, "growth")["rows"]
     assert len({row["series"] for row in rows}) == 6
     assert all(row["seconds"] > 0 for row in rows)
