@@ -7,60 +7,53 @@ READY  := $(VENV)/.ready
 DEV    := $(VENV)/.ready-dev
 ARGS   ?=
 WEIGHTS ?= random
-BENCHES ?= edits evaluators generation growth attacks precision estimators
+BENCHES ?= estimators editing generation
 
 TABLES := $(addprefix table,1 2 3 4 5 6 7 8 9 10 11 12 13 14)
-OPTIONS = $(if $(MODEL),model=$(MODEL)) \
-	$(if $(filter-out 0 false,$(FAST)),fast=true) \
-	$(if $(filter-out 0 false,$(DRY)),dry=true) \
-	$(if $(FILTER),'filter="$(FILTER)"') \
-	$(if $(LAUNCHER),launcher=$(LAUNCHER)) \
-	$(if $(OVERRIDES),'overrides="$(OVERRIDES)"') \
-	$(ARGS)
 FIGURES := figure2 figure7 components
-PICTURES := objects explicit styles amplified
-MAKE_ITEM = $(BIN)/python -m experiments.make
+OPTIONS = $(if $(MODEL),model=$(MODEL)) \
+	$(if $(filter-out 0 false,$(FAST)),making.fast=true) \
+	$(if $(filter-out 0 false,$(DRY)),making.dry=true) \
+	$(if $(FILTER),'making.filter="$(FILTER)"') \
+	$(if $(METHODS),'making.methods="$(METHODS)"') \
+	$(if $(LAUNCHER),hydra/launcher=$(LAUNCHER)) \
+	$(OVERRIDES) $(ARGS)
+RUN = $(BIN)/python run.py
 
 export PYTHONDONTWRITEBYTECODE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run tables figures qualitative status plan report $(TABLES) $(FIGURES) bench bench-full test check check-ray lint types format miniature clean
+.PHONY: help run tables figures qualitative status report $(TABLES) $(FIGURES) bench bench-full test check check-ray lint types format miniature clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 run: $(READY) ## erase "parachute" from the miniature and show the proof; ARGS="concept=church edit=amplify"
-	$(BIN)/python run.py $(ARGS)
+	$(RUN) $(ARGS)
 
-tables: $(READY) ## the paper's tables, or one: make table7 MODEL=mini; also FAST=1 DRY=1 LAUNCHER=submitit_slurm FILTER="concept=church edit=uce"
-	$(MAKE_ITEM) every=[table] $(OPTIONS)
+tables: $(READY) ## the paper's tables, or one: make table7 MODEL=mini; also FAST=1 DRY=1 LAUNCHER=slurm METHODS=+mine FILTER="concept=church edit=uce"
+	$(RUN) table=all $(OPTIONS)
 
 $(TABLES): $(READY)
-	$(MAKE_ITEM) table=$(shell printf 'table%02d' $(@:table%=%)) $(OPTIONS)
+	$(RUN) table=$(shell printf 'table%02d' $(@:table%=%)) $(OPTIONS)
 
 figures: $(READY) ## its figures, or one: make figure2, figure7, components, qualitative (four grids of pictures)
-	$(MAKE_ITEM) every=[figure] $(OPTIONS)
+	$(RUN) figure=all $(OPTIONS)
 
-$(FIGURES): $(READY)
-	$(MAKE_ITEM) figure=$@ $(OPTIONS)
-
-qualitative: $(READY)
-	for grid in $(PICTURES); do $(MAKE_ITEM) figure=qualitative_$$grid $(OPTIONS) || exit; done
+$(FIGURES) qualitative: $(READY)
+	$(RUN) figure=$@ $(OPTIONS)
 
 status: $(READY) ## of all tables and figures: runs done and missing; MODEL=mini
-	$(MAKE_ITEM) status=true $(OPTIONS)
-
-plan: $(READY) ## what they all take, from nothing: GPU hours, time, storage; MODEL=sd14 GPUS=64
-	$(BIN)/python -m experiments.plan $(if $(MODEL),model=$(MODEL)) $(if $(GPUS),gpus=$(GPUS)) $(ARGS)
+	$(BIN)/python -m experiments.tables.status $(if $(MODEL),model=$(MODEL)) $(if $(filter-out 0 false,$(FAST)),fast=true) $(ARGS)
 
 report: $(READY) ## every table and figure that was made, in one HTML page; MODEL=mini
-	$(BIN)/python -m experiments.report $(if $(MODEL),only=$(MODEL)) $(ARGS)
+	$(BIN)/python -m experiments.tables.report $(if $(MODEL),model=$(MODEL)) $(ARGS)
 
-bench: $(READY) ## speed on the miniature against what it replaces (hours on two cores), into results/bench; BENCHES="edits growth" for some
+bench: $(READY) ## speed on the miniature against what it replaces (hours on two cores), into results/bench; BENCHES="editing generation" for some
 	for bench in $(BENCHES); do $(BIN)/python -m experiments.benchmarks.$$bench $(ARGS) || exit; done
 
 bench-full: $(READY) ## time and memory of every edit, and images per second, at full size on random weights; WEIGHTS=random-small tries it anywhere
-	$(BIN)/python -m experiments.benchmarks.editing weights=$(WEIGHTS) $(ARGS)
+	$(BIN)/python -m experiments.benchmarks.editing 'only="sd*"' weights=$(WEIGHTS) $(ARGS)
 	$(BIN)/python -m experiments.benchmarks.generation model=sd14 model.weights=$(WEIGHTS) \
 		$(if $(filter random-small,$(WEIGHTS)),model.adapter.resolution=64 model.sampler.steps=3)
 

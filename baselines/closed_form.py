@@ -1,4 +1,4 @@
-"""What UCE and RECE share: linear algebra over the key and value projections of cross-attention.
+"""UCE's and RECE's linear algebra over the key and value projections of cross-attention.
 
 Notation: a text's states are rows (n, D), one for each token position; a projection is a weight
 (out, D) whose output for a state c is W c. Systems are built and solved in float64: with a small
@@ -7,23 +7,23 @@ lambda their condition number exceeds what float32 carries.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from cad.components import text_projections
-from cad.errors import UserError
+from cad.instrument import measure
 from cad.models.base import DiffusionModel
+from cad.weight_edit import Replace, WeightEdit
 
-LAST = "last"
-FROM_LAST = "from_last"
-POSITIONS = (LAST, FROM_LAST)  # of a text's tokens that are erased
+POSITIONS = ("last", "from_last")  # of a text's tokens that are erased
 _TEXTS = 64  # encoded at once
 _ROWS = 4096  # states whose outer products are summed at once
+
+
+History = Sequence[Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -58,18 +58,12 @@ def shared_update(
     return (g - c).T @ gain.T  # (D, D)
 
 
-def updated(
-    weights: Mapping[str, Tensor], update: Tensor, description: str = "layers"
-) -> dict[str, Tensor]:
-    """W + W M of every weight (out, D), in float32, with a progress bar. The weights stay.
-
-    Where M is zero, W itself, bit for bit.
-    """
+def updated(weights: Mapping[str, Tensor], update: Tensor) -> dict[str, Tensor]:
+    """W + W M of every weight (out, D), in float32. Where M is zero, a copy of W, bit for bit."""
     matrix = update.float()  # (D, D)
     if not matrix.any():
         return {name: weight.float().clone() for name, weight in weights.items()}
-    layers = tqdm(weights.items(), desc=description, unit="layer", disable=None)
-    return {name: torch.addmm(w.float(), w.float(), matrix) for name, w in layers}
+    return {name: torch.addmm(w.float(), w.float(), matrix) for name, w in weights.items()}
 
 
 def adversarial_map(
@@ -80,15 +74,10 @@ def adversarial_map(
     c' minimises sum_l ||W_l c' - W_l^orig c||^2 + lambda ||c'||^2 over the pairs of a weight
     W_l (out, D) now and W_l^orig as it was: K = (lambda I + sum W_l^T W_l)^-1 sum W_l^T W_l^orig.
     """
-    system: Tensor | None = None
-    crossed: Tensor | None = None
+    system = crossed = torch.zeros(())  # (D, D) both
     for now, was in zip(current, original, strict=True):
-        w, w_orig = now.double(), was.double()  # (out, D)
-        gram, cross = w.T @ w, w.T @ w_orig  # (D, D) both
-        system = gram if system is None else system + gram
-        crossed = cross if crossed is None else crossed + cross
-    if system is None or crossed is None:
-        raise ValueError("an adversarial embedding needs at least one projection")
+        w = now.double()  # (out, D)
+        system, crossed = system + w.T @ w, crossed + w.T @ was.double()
     identity = torch.eye(len(system), dtype=system.dtype, device=system.device)
     factor = torch.linalg.cholesky(system + regularisation * identity)
     return torch.cholesky_solve(crossed, factor)
@@ -98,24 +87,21 @@ def squared_distance(
     first: Iterable[Tensor], a: Tensor, second: Iterable[Tensor], b: Tensor
 ) -> float:
     """sum_l ||V_l a - W_l b||^2 over pairs of projections, summed over the rows of a, b (n, D)."""
-    total = 0.0
-    for v, w in zip(first, second, strict=True):
-        difference = a.double() @ v.double().T - b.double() @ w.double().T  # (n, out)
-        total += difference.square().sum().item()
-    return total
+    return sum(
+        (a.double() @ v.double().T - b.double() @ w.double().T).square().sum().item()
+        for v, w in zip(first, second, strict=True)
+    )
 
 
 def encode(model: DiffusionModel, texts: Sequence[str]) -> dict[str, Text]:
     """Each text's states and last token. UserError for a text that is too long, before any work."""
     unique = list(dict.fromkeys(texts))
     last = model.last_tokens(unique)
-    found: dict[str, Text] = {}
+    states: list[Tensor] = []  # (L, D) each
     for start in range(0, len(unique), _TEXTS):
-        part = unique[start : start + _TEXTS]
-        states = model.encode_prompts(part).tensors["states"].float()  # (N, L, D)
-        for text, each, position in zip(part, states, last[start : start + _TEXTS], strict=True):
-            found[text] = Text(each, position)
-    return found
+        encoded = model.encode_prompts(unique[start : start + _TEXTS])
+        states += encoded.tensors["states"].float()
+    return dict(zip(unique, map(Text, states, last), strict=True))
 
 
 def aligned(concept: Text, guide: Text, positions: str) -> tuple[Tensor, Tensor]:
@@ -125,7 +111,7 @@ def aligned(concept: Text, guide: Text, positions: str) -> tuple[Tensor, Tensor]
     them are the end and the padding, as many as the shorter of the two has.
     """
     c, g = concept.states[concept.last :], guide.states[guide.last :]
-    n = 1 if positions == LAST else min(len(c), len(g))
+    n = 1 if positions == "last" else min(len(c), len(g))
     return c[:n], g[:n]
 
 
@@ -134,24 +120,23 @@ def to_keep(text: Text, positions: str) -> Tensor:
 
     The whole text has the start token, whose state every prompt shares.
     """
-    return text.states[text.last :][:1] if positions == LAST else text.states
+    return text.states[text.last :][:1] if positions == "last" else text.states
 
 
-def find_projections(model: DiffusionModel) -> dict[str, Tensor]:
-    """The weights (out, D) by parameter name, detached but not copied: not to be written to.
+def edited_projections(
+    model: DiffusionModel,
+    edit: Callable[[Mapping[str, Tensor]], tuple[Mapping[str, Tensor], History]],
+) -> WeightEdit:
+    """Replaces the key and value projections (out, D) of cross-attention by what `edit` makes.
 
-    Raises UserError for a model without cross-attention.
+    `edit` returns them with its history, and must not write to those it is given, which are the
+    model's own. Raises UserError for a model without cross-attention.
     """
-    return {name: weight.detach() for name, weight in text_projections(model).items()}
-
-
-@contextmanager
-def naming(method: str) -> Iterator[None]:
-    """Puts the method before what a UserError inside the block says."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"edit={method}: {error}") from error
+    original = {name: weight.detach() for name, weight in text_projections(model).items()}
+    with measure(model.device) as meter, torch.no_grad():
+        edited, history = edit(original)
+        changes = {name: Replace(edited[name].to(w.dtype)) for name, w in original.items()}
+    return WeightEdit(changes, cost=meter.cost, history=tuple(history))
 
 
 def _moment(states: Tensor) -> Tensor:

@@ -7,20 +7,19 @@ is skilled at a step if it is among the top k of its row for the concept and its
 exceeds its base score. Pruned are the weights that are skilled at more than m * t steps.
 
 Where the publication leaves a choice: the sampler is DDIM without fresh noise; what guides it, the
-prediction without a prompt, is not recorded; k is rounded down; "more than" is strict; several
-concepts lose together what each would lose alone.
+prediction without a prompt, is not recorded; k is rounded down; "more than" is strict.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import re
 import string
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,19 +27,22 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from baselines.checks import check_count, checked_number
+from cad.attribution import overflow
+from cad.checks import check, finite, number, ratio, text, texts, whole
 from cad.components import component_weights
 from cad.concepts import Concept, with_article
-from cad.edits import Edit, Made
+from cad.edits import Edit
 from cad.errors import UserError
 from cad.instrument import measure
-from cad.models.base import Conditioning, DiffusionModel
+from cad.models.base import DiffusionModel
+from cad.models.conditioning import Conditioning
 from cad.sampling import draw_noise, guide, make_generators
 from cad.selection import floor_share
-from cad.weight_edit import Change, Zero
+from cad.weight_edit import Change, WeightEdit, Zero
 
 log = logging.getLogger(__name__)
 
+_majority = number(lambda x: 0 <= x < 1, "a number in [0, 1)")
 _SECOND_LINEAR = re.compile(r"(^|\.)ff\.net\.2\.weight$")
 
 
@@ -54,7 +56,7 @@ class ConceptPrune(Edit):
     {prompt} for its prompt ("naked").
     """
 
-    name = "concept_prune"
+    name: ClassVar[str] = "concept_prune"
 
     base_template: str  # "a {filler}"
     concept_template: str  # "a {concept} in a {filler}"
@@ -68,38 +70,38 @@ class ConceptPrune(Edit):
     batch_size: int = 5  # pairs at once, two images each; changes nothing but float rounding
 
     def __post_init__(self) -> None:
-        _check_template("base_template", self.base_template)
-        _check_template(
-            "concept_template", self.concept_template, ("concept", "a_concept", "prompt")
-        )
-        _check_fillers(self.fillers)
-        for key in ("first_steps", "steps", "batch_size"):
-            check_count(f"edit.{key}", getattr(self, key), 1)
-        check_count("edit.seed", self.seed, 0)
+        check(self, "edit", base_template=text, concept_template=text, fillers=texts)
+        check(self, "edit", first_steps=whole(1), steps=whole(1), batch_size=whole(1))
+        check(self, "edit", ratio=ratio, majority=_majority, guidance=finite, seed=whole(0))
+        self._check_templates()
+        if not self.fillers or not all(word.strip() for word in self.fillers):
+            raise UserError(f"edit.fillers={self.fillers} is not allowed: it is a list of words.")
         if self.first_steps > self.steps:
             raise UserError(
                 f"edit.first_steps={self.first_steps} is not allowed: the sampler takes "
                 f"edit.steps={self.steps}."
             )
-        rules: dict[str, tuple[Callable[[float], bool], str]] = {
-            "ratio": (lambda x: 0 < x <= 1, "a ratio lies in (0, 1]"),
-            "majority": (lambda x: 0 <= x < 1, "it lies in [0, 1)"),
-            "guidance": (math.isfinite, "it is a finite number"),
-        }
-        for key, rule in rules.items():
-            number = checked_number(f"edit.{key}", getattr(self, key), *rule)
-            object.__setattr__(self, key, number)
-        object.__setattr__(self, "fillers", list(self.fillers))
 
-    def settings(self, concepts: Sequence[Concept]) -> Mapping[str, Any]:
-        return asdict(self)
+    def _check_templates(self) -> None:
+        concept = {"concept", "a_concept", "prompt"}
+        for key, needed, allowed in (
+            ("base_template", {"filler"}, {"filler"}),
+            ("concept_template", concept, concept | {"filler"}),
+        ):
+            template = getattr(self, key)
+            try:
+                found = {field for _, field, *_ in string.Formatter().parse(template)} - {None}
+            except ValueError as error:
+                raise UserError(f"edit.{key}={template!r} is not a template: {error}.") from error
+            if found - allowed or not found & needed:
+                raise UserError(
+                    f"edit.{key}={template!r} is not allowed: it names {_braced(needed)}, and "
+                    f"nothing but {_braced(allowed)}."
+                )
 
-    def make(self, model: DiffusionModel, concepts: Sequence[Concept]) -> Made:
-        try:
-            weights = second_linears(model)
-            self._check(model, weights, concepts)
-        except UserError as error:
-            raise UserError(f"edit={self.name}: {error}") from error
+    def make(self, model: DiffusionModel, concepts: Sequence[Concept]) -> WeightEdit:
+        weights = second_linears(model)
+        self._check(model, weights, concepts)
         changes: dict[str, Change] = {}
         with measure(model.device) as meter, torch.no_grad(), logging_redirect_tqdm():
             found = [self._pruned(model, weights, concept) for concept in concepts]
@@ -107,12 +109,12 @@ class ConceptPrune(Edit):
                 indices = torch.cat([each[name] for each in found]).unique()  # (n,), ascending
                 if indices.numel():
                     changes[name] = Zero(indices.to(torch.int32))
-        return Made(changes, meter.cost)
+        return WeightEdit(changes, cost=meter.cost)
 
     def prompts(self, concept: Concept) -> tuple[list[str], list[str]]:
         """Base prompts and concept prompts; those at one place are a pair."""
-        text = concept.text
-        words = {"concept": text, "a_concept": with_article(text), "prompt": concept.prompt}
+        words = {"concept": concept.text, "prompt": concept.prompt}
+        words["a_concept"] = with_article(concept.text)
         base = [self.base_template.format(filler=filler) for filler in self.fillers]
         told = [self.concept_template.format(filler=filler, **words) for filler in self.fillers]
         return base, told
@@ -135,18 +137,19 @@ class ConceptPrune(Edit):
     def _pruned(
         self, model: DiffusionModel, weights: Mapping[str, Tensor], concept: Concept
     ) -> dict[str, Tensor]:
-        """What one concept costs each weight (out, in): flat indices (n,) int64, maybe none."""
+        """Flat indices (n,) int64 into each weight (out, in), maybe none, for one concept."""
         squares = self._squares(model, weights, concept)
-        _check_finite(squares, model)
+        bad = [name for name, sums in squares.items() if not sums.isfinite().all()]
+        if bad:
+            raise overflow(model, f"inputs of {len(bad)} layers are not finite (first: {bad[0]})")
         most = floor_share(self.majority, self.first_steps)  # steps that a weight may be skilled at
         pruned = {}
         for name, weight in weights.items():
             k = floor_share(self.ratio, weight.shape[1])
             counts = count_skilled(weight, squares[name].sqrt(), k)  # (out, in)
             pruned[name] = (counts > most).flatten().nonzero().squeeze(1)
-        total = sum(indices.numel() for indices in pruned.values())
-        level = logging.INFO if total else logging.WARNING
-        log.log(level, "%s: %d weights are skilled at %s", self.name, total, concept.name)
+        if not any(indices.numel() for indices in pruned.values()):
+            log.warning("%s: 0 weights are skilled at %s", self.name, concept.name)
         return pruned
 
     def _squares(
@@ -158,16 +161,11 @@ class ConceptPrune(Edit):
             for name, weight in weights.items()
         }
         pairs = range(len(self.fillers))
-        batches = [pairs[i : i + self.batch_size] for i in pairs[:: self.batch_size]]
         base, told = self.prompts(concept)
-        with tqdm(
-            total=self.first_steps * len(batches), desc=self.name, unit="step", disable=None
-        ) as progress:
-            for batch in batches:
-                chosen = slice(batch.start, batch.stop)
-                c = model.encode_prompts(base[chosen] + told[chosen])  # (2N, ...)
-                for _ in self._walk(model, batch, c, squares):
-                    progress.update()
+        for i in tqdm(pairs[:: self.batch_size], self.name, unit="batch", disable=None):
+            batch = slice(i, i + self.batch_size)
+            c = model.encode_prompts(base[batch] + told[batch])  # (2N, ...)
+            self._walk(model, pairs[batch], c, squares)
         return squares
 
     def _walk(
@@ -176,8 +174,8 @@ class ConceptPrune(Edit):
         batch: Sequence[int],
         c: Conditioning,
         squares: Mapping[str, Tensor],
-    ) -> Iterator[int]:
-        """Samples N pairs for the first steps and adds to `squares`; yields after each step."""
+    ) -> None:
+        """Samples N pairs for the first steps and adds to `squares`."""
         sampler = model.sampler(self.steps, "ddim", eta=0.0)
         unconditional = model.encode_prompts([""]).expand(len(c))
         noise = draw_noise(model, make_generators(batch, salt=f"{self.name}-{self.seed}"))
@@ -186,9 +184,8 @@ class ConceptPrune(Edit):
             x_in = sampler.scale(x_t, t)
             with recorded(model.denoiser, {name: each[step] for name, each in squares.items()}):
                 prediction = model.predict(x_in, t, c)
-            yield step
             if step + 1 == self.first_steps:
-                return
+                break
             if self.guidance != 1.0:
                 phi_u = model.predict(x_in, t, unconditional)
                 prediction = guide(phi_u, prediction, self.guidance)
@@ -198,17 +195,14 @@ class ConceptPrune(Edit):
 def second_linears(model: DiffusionModel) -> dict[str, nn.Parameter]:
     """The second linear weight (out, in) of every feed-forward block, in the denoiser's order.
 
-    Raises UserError for a model without any. Of a joint transformer, those of the image alone.
+    Raises UserError for a model without any. A joint transformer's are those of the image alone.
     """
-    weights = {
-        name: weight
-        for name, weight in component_weights(model, "ff").items()
-        if _SECOND_LINEAR.search(name)
-    }
+    layers = component_weights(model, "ff").items()
+    weights = {name: weight for name, weight in layers if _SECOND_LINEAR.search(name)}
     if not weights:
         raise UserError(
-            f"model={model.name} ({type(model.denoiser).__name__}) has no weight ff.net.2, the "
-            "second linear layer of a feed-forward block, which is all that this method prunes."
+            f"model={model.name} has no weight ff.net.2, the second linear layer of a feed-forward "
+            "block, which is all that this method prunes."
         )
     return weights
 
@@ -220,22 +214,15 @@ def recorded(denoiser: nn.Module, squares: Mapping[str, Tensor]) -> Iterator[Non
     {name of a linear weight: (2, in)}; the first half of a batch counts for the first row, the
     second for the second. The hooks are gone afterwards, also after an exception.
     """
-    hooks = []
-    try:
-        for name, sums in squares.items():
-            layer = denoiser.get_submodule(name.removesuffix(".weight"))
-            hooks.append(layer.register_forward_pre_hook(_adding_to(sums)))
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
-
-def _adding_to(sums: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    def add(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def add(sums: Tensor, _layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         sums.add_(column_squares(inputs[0]).unflatten(0, (2, -1)).sum(dim=1))  # (2, in)
 
-    return add
+    with ExitStack() as stack:
+        for name, sums in squares.items():
+            layer = denoiser.get_submodule(name.removesuffix(".weight"))
+            stack.callback(layer.register_forward_pre_hook(partial(add, sums)).remove)
+        yield
 
 
 def column_squares(activations: Tensor) -> Tensor:
@@ -263,45 +250,5 @@ def count_skilled(weight: Tensor, norms: Tensor, k: int) -> Tensor:
     return counts
 
 
-def _check_finite(squares: Mapping[str, Tensor], model: DiffusionModel) -> None:
-    bad = [name for name, sums in squares.items() if not sums.isfinite().all()]
-    if bad:
-        raise UserError(
-            f"edit={ConceptPrune.name}: the inputs of {len(bad)} layers of model={model.name} are "
-            f"NaN or infinite (first: {bad[0]}): they overflow in dtype={model.dtype}. Use "
-            "dtype=float32 or bfloat16; check the weights."
-        )
-
-
-def _check_template(key: str, template: object, concept: Collection[str] = ()) -> None:
-    """A template names {filler}, or one of `concept` if there are any, and nothing else."""
-    if not isinstance(template, str):
-        raise UserError(f"edit.{key}={template!r} is not a text.")
-    try:
-        parts = list(string.Formatter().parse(template))
-    except ValueError as error:
-        raise UserError(f"edit.{key}={template!r} is not a template: {error}.") from error
-    found = {field for _, field, _, _ in parts if field is not None}
-    allowed = ", ".join(f"{{{name}}}" for name in ("filler", *concept))
-    if unknown := found - {"filler", *concept}:
-        raise UserError(
-            f"edit.{key}={template!r} must not name {{{min(unknown)}}}; allowed: {allowed}."
-        )
-    if not concept and "filler" not in found:
-        raise UserError(f"edit.{key}={template!r} lacks {{filler}}, which tells the pairs apart.")
-    if concept and not found & set(concept):
-        raise UserError(
-            f"edit.{key}={template!r} does not name the concept: write {{concept}} for its text or "
-            "{prompt} for its prompt."
-        )
-
-
-def _check_fillers(fillers: object) -> None:
-    if isinstance(fillers, str) or not isinstance(fillers, Sequence) or not fillers:
-        raise UserError(
-            f"edit.fillers={fillers!r} is not allowed: it is a list of words, at least one, "
-            "such as [forest, kitchen]."
-        )
-    for filler in fillers:
-        if not isinstance(filler, str) or not filler.strip():
-            raise UserError(f"edit.fillers has {filler!r}; each is a text that is not empty.")
+def _braced(names: set[str]) -> str:
+    return " or ".join(f"{{{name}}}" for name in sorted(names))

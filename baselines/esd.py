@@ -12,14 +12,12 @@ at one x_t, and there v and epsilon differ by eps = alpha_t v + sigma_t x_t: the
 at; the squared error of v is that of epsilon divided by alpha_t^2.
 
 All walks of an optimiser step are one batch, in which every element has its own noise, concept and
-random step, and leaves at that step. The weights are fixed within an optimiser step, so the x_t
-are distributed as those of separate walks.
+random step, and leaves at that step.
 
-Choices where publication and releases differ or are silent: t is the sampler's own timestep at
-which x_t lies (the first release draws one around it); "noxattn" is every parameter without
-`.attn2.` in its name (releases leave out norms, or the time embedding and the output layer); of
-several concepts each element draws one. In half precision the trained weights are float32 with
-autocast (and scaled gradients for float16), while the walk and Phi* are in the model's own dtype.
+Where publication and releases differ or are silent: t is the sampler's own timestep at which x_t
+lies (the first release draws one around it); "noxattn" is every parameter without `.attn2.` in its
+name (releases leave some out); of several concepts each element draws one. In half precision the
+trained weights are float32 with autocast, while the walk and Phi* are in the model's own dtype.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -38,18 +36,20 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from baselines.checks import check_count, checked_number, checked_positive
-from baselines.resume import Checkpoint, State, Stopwatch
+from baselines.checkpoint import Checkpoint, Progress
+from cad.checks import check, finite, flag, one_of, positive, whole
 from cad.components import matching_weights, text_projections
 from cad.concepts import Concept
-from cad.digests import settings_digest
-from cad.edits import Edit, Made
+from cad.edits import Edit
 from cad.errors import UserError
 from cad.gradient_checkpointing import check_gradient_checkpointing, checkpointed_gradients
-from cad.instrument import Cost
-from cad.models.base import Conditioning, DiffusionModel
-from cad.sampling import Sampler, draw_noise, guide, make_generators
-from cad.weight_edit import Change, Replace
+from cad.identity import digest, immaterial
+from cad.instrument import Cost, measure
+from cad.models.base import DiffusionModel
+from cad.models.conditioning import Conditioning
+from cad.models.sampler import Sampler
+from cad.sampling import draw_noise, guide, make_generators
+from cad.weight_edit import Change, Replace, WeightEdit
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +59,6 @@ PARAMETERS = {  # what is trained: regular expressions over the denoiser's param
     "selfattn": r"\.attn1\.",
     "full": r"",
 }
-HALVES = (torch.float16, torch.bfloat16)
-_NO_SETTINGS = ("checkpoint_every", "checkpoints")  # they change no result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,71 +81,47 @@ class ESD(Edit):
     accumulation: int = 1  # batches per optimiser step
     seed: int = 0
     gradient_checkpointing: bool = False  # less memory, more time, the same gradients
-    checkpoint_every: int = 100  # iterations
-    checkpoints: str | Path | None = None  # root of the checkpoints' folders; None: no checkpoints
+    checkpoint_every: int = immaterial(100)  # iterations
+    checkpoints: str | None = immaterial(None)  # folder of their folders; None: there are none
 
     def __post_init__(self) -> None:
-        if self.parameters not in PARAMETERS:
-            raise UserError(
-                f"edit.parameters={self.parameters!r} is unknown; allowed: {', '.join(PARAMETERS)}."
-            )
-        for key in ("iterations", "steps", "batch_size", "accumulation", "checkpoint_every"):
-            check_count(f"edit.{key}", getattr(self, key), 1)
-        check_count("edit.seed", self.seed, 0)
-        for key in ("negative_guidance", "guidance"):
-            object.__setattr__(self, key, checked_number(f"edit.{key}", getattr(self, key)))
-        object.__setattr__(self, "lr", checked_positive("edit.lr", self.lr))
+        counts = ("iterations", "steps", "batch_size", "accumulation", "checkpoint_every")
+        check(self, "edit", **dict.fromkeys(counts, whole(1)))
+        check(self, "edit", parameters=one_of(PARAMETERS), seed=whole(0), lr=positive)
+        check(self, "edit", negative_guidance=finite, guidance=finite, gradient_checkpointing=flag)
 
-    def settings(self, concepts: Sequence[Concept]) -> Mapping[str, Any]:
-        return {key: value for key, value in asdict(self).items() if key not in _NO_SETTINGS}
-
-    def make(self, model: DiffusionModel, concepts: Sequence[Concept]) -> Made:
-        try:
-            weights = trained_weights(model, self.parameters)
-            self._check(model, concepts)
-        except UserError as error:
-            raise UserError(f"edit={self.name}: {error}") from error
+    def make(self, model: DiffusionModel, concepts: Sequence[Concept]) -> WeightEdit:
+        weights = trained_weights(model, self.parameters)
+        model.sampler(self.steps, "ddim", eta=0.0)  # these refuse what could not work
+        model.check_prompts([concept.prompt for concept in concepts])
+        wanted = self.gradient_checkpointing
+        check_gradient_checkpointing(model, wanted, "edit.gradient_checkpointing")
         checkpoint = self._checkpoint(model, concepts)
-        state = checkpoint.read() if checkpoint else None
-        checkpointing = checkpointed_gradients(model.denoiser, self.gradient_checkpointing)
-        with Stopwatch(model.device) as watch, checkpointing, logging_redirect_tqdm():
+        saved = checkpoint.read() if checkpoint else None
+        checkpointing = checkpointed_gradients(model.denoiser, wanted)
+        with measure(model.device) as meter, checkpointing, logging_redirect_tqdm():
             training = Training(self, model, weights, concepts)
             history = []
-            if state is not None:
-                training.load(state)
-                history, watch.cost = state.history, state.cost
-                state = None  # several times as large as the model
-            done = len(history)
-            steps = range(done, self.iterations)
-            bar = tqdm(steps, self.name, self.iterations, initial=done, unit="step", disable=None)
-            for i in bar:
-                loss = float(f"{training.step(i):.6g}")
-                history.append({"step": i + 1, "loss": loss})
-                bar.set_postfix(loss=f"{loss:.3g}")
+            if saved is not None:
+                training.load(saved)
+                history, meter.cost = saved.history, saved.cost
+                saved = None  # several times as large as the model
+            for i in tqdm(range(len(history), self.iterations), self.name, disable=None):
+                history.append({"step": i + 1, "loss": float(f"{training.step(i):.6g}")})
                 if checkpoint and (i + 1) % self.checkpoint_every == 0 and i + 1 < self.iterations:
-                    with watch.paused():
-                        checkpoint.write(training.state(history, watch.cost))
+                    with meter.paused():
+                        checkpoint.write(training.progress(history, meter.cost))
             changes = training.changes()
-        return Made(changes, watch.cost, history)
+        return WeightEdit(changes, cost=meter.cost, history=tuple(history))
 
     def clean_up(self, model: DiffusionModel, concepts: Sequence[Concept]) -> None:
-        checkpoint = self._checkpoint(model, concepts)
-        if checkpoint:
+        if checkpoint := self._checkpoint(model, concepts):
             checkpoint.remove()
-
-    def _check(self, model: DiffusionModel, concepts: Sequence[Concept]) -> None:
-        """UserError for what could not work, before any work."""
-        model.sampler(self.steps, "ddim", eta=0.0)
-        model.check_prompts([concept.prompt for concept in concepts])
-        check_gradient_checkpointing(
-            model, self.gradient_checkpointing, "edit.gradient_checkpointing"
-        )
 
     def _checkpoint(self, model: DiffusionModel, concepts: Sequence[Concept]) -> Checkpoint | None:
         if self.checkpoints is None:
             return None
-        key = settings_digest(self.provenance(model, concepts))
-        return Checkpoint(Path(self.checkpoints) / key)
+        return Checkpoint(Path(self.checkpoints) / digest(self.provenance(model, concepts)))
 
 
 class Training:
@@ -163,13 +137,14 @@ class Training:
         originals: Mapping[str, nn.Parameter],
         concepts: Sequence[Concept],
     ) -> None:
-        self._settings = settings
-        self._model = model
+        self._settings, self._model, self._originals = settings, model, originals
         self._dtype = model.dtype  # asked now: inside `with_weights` it would be another
-        self._originals = originals
         self._c = model.encode_prompts([concept.prompt for concept in concepts])  # (K, ...)
         self._unconditional = model.encode_prompts([""])  # (1, ...)
-        self.weights = {name: _trainable_copy(weight) for name, weight in originals.items()}
+        self.weights = {}  # float32, or wider if the originals are
+        for name, weight in originals.items():
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            self.weights[name] = weight.detach().to(dtype, copy=True).requires_grad_()
         # Fused, because the GPU's default works on temporary copies of all weights.
         fused = model.device.type == "cuda"
         self._adam = torch.optim.Adam(self.weights.values(), lr=settings.lr, fused=fused)
@@ -194,33 +169,32 @@ class Training:
         self._adam.zero_grad()
         return loss
 
-    def state(self, history: Sequence[dict[str, float]], cost: Cost) -> State:
-        """What `load` takes up again. Shares memory with the training."""
+    def progress(self, history: Sequence[dict[str, float]], cost: Cost) -> Progress:
+        """Everything that `load` takes up again. Shares memory with the training."""
         tensors = {f"weight/{name}": weight.detach() for name, weight in self.weights.items()}
         for index, moments in self._adam.state_dict()["state"].items():
             tensors |= {f"adam/{index}/{key}": tensor for key, tensor in moments.items()}
-        return State(tensors, {"scaler": self._scaler.state_dict()}, list(history), cost)
+        return Progress(tensors, self._scaler.state_dict(), list(history), cost)
 
-    def load(self, state: State) -> None:
+    def load(self, saved: Progress) -> None:
+        """Goes on from where the progress was written down."""
         moments: dict[int, dict[str, Tensor]] = {}
-        with torch.no_grad():
-            for label, tensor in state.tensors.items():
-                kind, name, *key = label.split("/")
-                if kind == "weight":
-                    self.weights[name].copy_(tensor)
-                else:
-                    moments.setdefault(int(name), {})[key[0]] = tensor
-        groups = self._adam.state_dict()["param_groups"]
-        self._adam.load_state_dict({"state": moments, "param_groups": groups})
-        self._scaler.load_state_dict(state.notes["scaler"])
+        for label, tensor in saved.tensors.items():
+            kind, name, *key = label.split("/")
+            if kind == "weight":
+                self.weights[name].data.copy_(tensor)
+            else:
+                moments.setdefault(int(name), {})[key[0]] = tensor
+        self._adam.load_state_dict(self._adam.state_dict() | {"state": moments})
+        self._scaler.load_state_dict(saved.scaler)
 
     def changes(self) -> dict[str, Change]:
         """The trained weights in the model's dtype, without those that did not change in it."""
         changes: dict[str, Change] = {}
         for name, original in self._originals.items():
             values = self.weights[name].detach().to(original.dtype)
-            if not torch.isfinite(values).all():
-                raise UserError(f"edit=esd: trained {name} is not finite: {self._remedy()}")
+            if not values.isfinite().all():
+                raise self._diverged(f"trained {name} is not finite")
             if not torch.equal(values, original):
                 changes[name] = Replace(values)
         if not changes:
@@ -247,23 +221,21 @@ class Training:
         All (N, ...). The backward belongs inside `with_weights`: gradient checkpointing runs the
         denoiser again there.
         """
-        model, accumulation = self._model, self._settings.accumulation
-        half = self._dtype in HALVES
+        half = self._dtype in (torch.float16, torch.bfloat16)
         with torch.enable_grad():
-            with torch.autocast(model.device.type, self._dtype, enabled=half):
-                prediction = model.predict(x_t, t, c)
-            loss = F.mse_loss(prediction.float(), target) / accumulation
-            if not torch.isfinite(loss):
-                value = f"edit=esd: the loss of iteration {i + 1} is {loss.item()}"
-                raise UserError(f"{value}: {self._remedy()}")
+            with torch.autocast(self._model.device.type, self._dtype, enabled=half):
+                prediction = self._model.predict(x_t, t, c)
+            loss = F.mse_loss(prediction.float(), target) / self._settings.accumulation
+            if not loss.isfinite():
+                raise self._diverged(f"the loss of iteration {i + 1} is {loss.item()}")
             torch.autograd.backward(self._scaler.scale(loss))
         return loss.item()
 
-    def _remedy(self) -> str:
-        return (
-            f"training diverges with edit.lr={self._settings.lr:g}, or model={self._model.name} "
-            f"overflows in dtype={self._dtype}. Lower edit.lr, or use dtype=bfloat16 or "
-            "float32; check the weights."
+    def _diverged(self, found: str) -> UserError:
+        return UserError(
+            f"{found}: training diverges with edit.lr={self._settings.lr:g}, or model="
+            f"{self._model.name} overflows in dtype={self._dtype}. Lower edit.lr, or use "
+            "dtype=bfloat16 or float32; check the weights."
         )
 
 
@@ -277,27 +249,22 @@ def trained_weights(model: DiffusionModel, parameters: str) -> dict[str, nn.Para
     weights = matching_weights(model, re.compile(PARAMETERS[parameters]))
     if not weights:
         raise UserError(
-            f"edit.parameters={parameters} chooses no weight of model={model.name} "
-            f"({type(model.denoiser).__name__}). Choose another: {', '.join(PARAMETERS)}."
+            f"edit.parameters={parameters} chooses no weight of model={model.name}. Choose "
+            f"another: {', '.join(PARAMETERS)}."
         )
     return weights
 
 
+@torch.no_grad()
 def erased_target(
-    model: DiffusionModel,
-    x_t: Tensor,
-    t: Tensor,
-    c: Conditioning,
-    unconditional: Conditioning,
-    negative_guidance: float,
+    model: DiffusionModel, x_t: Tensor, t: Tensor, c: Conditioning, empty: Conditioning, eta: float
 ) -> Tensor:
     """Phi_u - eta (Phi_c - Phi_u) of the model as it is; (N, C, h, w) float32, without gradient.
 
-    Classifier-free guidance by -eta. x_t (N, C, h, w), t (N,), c (N, ...), unconditional (1, ...).
+    Classifier-free guidance by -eta. x_t (N, C, h, w), t (N,), c (N, ...), empty (1, ...).
     """
-    with torch.no_grad():
-        phi_u, phi_c = _predict_both(model, x_t, t, c, unconditional)
-    return guide(phi_u.float(), phi_c.float(), -negative_guidance)
+    phi_u, phi_c = _predict_both(model, x_t, t, c, empty)
+    return guide(phi_u.float(), phi_c.float(), -eta)
 
 
 @torch.no_grad()
@@ -312,9 +279,9 @@ def walk_apart(
 ) -> tuple[Tensor, Tensor]:
     """`cad.sampling.walk` of N elements, each of which leaves after its own number of steps.
 
-    stops (N,) int64 on the CPU, from 0 and below the sampler's steps; c (N, ...), unconditional
-    (1, ...). Returns x_t (N, C, h, w), as the network takes it, and t (N,). The sampler must be
-    first-order, since the batch shrinks on the way, and draw no noise.
+    stops (N,) int64 on the CPU, below the sampler's steps; c (N, ...), unconditional (1, ...).
+    Returns x_t (N, C, h, w), as the network takes it, and t (N,). The sampler must be first-order,
+    since the batch shrinks on the way, and draw no noise.
     """
     x_t = draw_noise(model, generators) * sampler.init_sigma  # (N, C, h, w)
     reached = torch.empty_like(x_t)
@@ -358,12 +325,6 @@ def _predict_both(
     times = torch.cat([t, t]) if t.dim() else t
     phi_u, phi_c = model.predict(torch.cat([x_t, x_t]), times, both).chunk(2)
     return phi_u, phi_c
-
-
-def _trainable_copy(weight: Tensor) -> Tensor:
-    """Float32, or wider if the weight is."""
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    return weight.detach().to(dtype, copy=True).requires_grad_()
 
 
 def _draw_below(end: int, generators: Sequence[Generator]) -> Tensor:

@@ -7,37 +7,33 @@ they are then: what they make of the guide is the target, and they are what the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from baselines.checks import check_count, checked_positive, checked_text
 from baselines.closed_form import (
-    FROM_LAST,
+    History,
     Text,
     adversarial_map,
     aligned,
+    edited_projections,
     encode,
-    find_projections,
-    naming,
     shared_update,
     squared_distance,
     updated,
 )
 from baselines.uce import UCE, check_guide
+from cad.checks import check, flag, not_negative, positive, text, whole
 from cad.concepts import Concept
-from cad.edits import Edit, Made
+from cad.edits import Edit
 from cad.errors import UserError
-from cad.instrument import measure
+from cad.identity import material
 from cad.models.base import DiffusionModel
-from cad.weight_edit import Replace
-
-ERASE_SCALE = 1.0  # of the rounds' updates, as released
-
-Record = dict[str, float]
+from cad.weight_edit import WeightEdit
 
 
 class StartingUCE(UCE):
@@ -46,103 +42,69 @@ class StartingUCE(UCE):
     place = "edit.uce"
 
 
+@dataclass(frozen=True)
 class RECE(Edit):
     """Starts from `uce`, then `epochs` rounds over all token positions of `concept.text`.
 
-    regularisation: lambda of the adversarial embedding (paper Eq. 8); the smaller, the larger an
-    embedding is still found and erased.
-    update_regularisation, preserve_scale: lambda and s_p of the rounds' updates, which map the
-    embeddings to `guide`, position by position, and keep it, once for each concept.
-    skip_if_erased: stop before a round whose embeddings are further from each concept than
-    `erased_threshold`, measured as `unreached` does. The history has that residual, the smallest
-    over the concepts, by the number of rounds already made.
-
-    Raises UserError for values that are not allowed.
+    The rounds' updates map the adversarial embeddings to `guide`, position by position, and keep
+    it, once for each concept. The history has the residual by the number of rounds already made:
+    `unreached`, the smallest over the concepts. UserError for a value that is not allowed.
     """
 
-    name = "rece"
+    name: ClassVar[str] = "rece"
 
-    def __init__(
-        self,
-        uce: UCE,
-        epochs: int,
-        regularisation: float,
-        update_regularisation: float = 0.1,
-        preserve_scale: float = 0.1,
-        guide: str = " ",
-        skip_if_erased: bool = False,
-        erased_threshold: float = 0.5,
-    ) -> None:
-        _check_flags(uce, epochs, skip_if_erased)
-        self.uce = uce
-        self.epochs = epochs
-        self.regularisation = checked_positive("edit.regularisation", regularisation)
-        self.update_regularisation = checked_positive(
-            "edit.update_regularisation", update_regularisation
-        )
-        self.preserve_scale = checked_positive("edit.preserve_scale", preserve_scale, zero=True)
-        self.guide = checked_text("edit.guide", guide)
-        self.skip_if_erased = skip_if_erased
-        self.erased_threshold = checked_positive("edit.erased_threshold", erased_threshold)
+    uce: UCE
+    epochs: int
+    # Lambda of the adversarial embedding (paper Eq. 8); the smaller, the larger an embedding is
+    # still found and erased.
+    regularisation: float
+    update_regularisation: float = 0.1  # lambda of the rounds' updates
+    preserve_scale: float = 0.1  # s_p of the rounds' updates
+    guide: str = " "
+    skip_if_erased: bool = False  # stop before a round with a larger residual than the threshold
+    erased_threshold: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.uce, UCE):
+            raise UserError(f"edit.uce={self.uce!r} is not allowed: it is the UCE to start from.")
+        check(self, "edit", epochs=whole(0), guide=text, skip_if_erased=flag)
+        check(self, "edit", regularisation=positive, update_regularisation=positive)
+        check(self, "edit", preserve_scale=not_negative, erased_threshold=positive)
 
     def settings(self, concepts: Sequence[Concept]) -> Mapping[str, Any]:
         check_guide("edit", self.guide, concepts)
-        return {
-            "uce": dict(self.uce.settings(concepts)),
-            "epochs": self.epochs,
-            "regularisation": self.regularisation,
-            "update_regularisation": self.update_regularisation,
-            "preserve_scale": self.preserve_scale,
-            "guide": self.guide,
-            "skip_if_erased": self.skip_if_erased,
-            "erased_threshold": self.erased_threshold,
-        }
+        return material(self) | {"uce": dict(self.uce.settings(concepts))}
 
-    def make(self, model: DiffusionModel, concepts: Sequence[Concept]) -> Made:
-        with naming(self.name):
-            original = find_projections(model)
-            self.settings(concepts)
-            with measure(model.device) as meter:
-                edited, history = self.edited(model, original, concepts)
-                changes = {name: Replace(edited[name].to(w.dtype)) for name, w in original.items()}
-        return Made(changes, meter.cost, history)
+    def make(self, model: DiffusionModel, concepts: Sequence[Concept]) -> WeightEdit:
+        self.settings(concepts)  # refuses guides
+        return edited_projections(model, lambda w: self.edited(model, w, concepts))
 
-    @torch.no_grad()
     def edited(
         self, model: DiffusionModel, original: Mapping[str, Tensor], concepts: Sequence[Concept]
-    ) -> tuple[dict[str, Tensor], list[Record]]:
+    ) -> tuple[dict[str, Tensor], History]:
         """The projections (out, D) after all rounds, float32, and a record for each round."""
         texts = encode(model, [self.guide, *(concept.text for concept in concepts)])
         guide = texts[self.guide]
         erased = [texts[concept.text] for concept in concepts]
         guides = guide.states.repeat(len(erased), 1)  # (n L, D)
         weights = self.uce.edited(model, original, concepts)
-        history: list[Record] = []
+        history: list[dict[str, float]] = []
         for step in tqdm(range(self.epochs), desc=self.name, unit="round", disable=None):
-            recover = adversarial_map(weights.values(), original.values(), self.regularisation)
-            residual = min(
-                unreached(weights.values(), original.values(), recover, text, guide)
-                for text in erased
-            )
+            pairs = weights.values(), original.values()
+            recover = adversarial_map(*pairs, self.regularisation)
+            residual = min(unreached(*pairs, recover, each, guide) for each in erased)
             history.append({"step": step, "residual": residual})
             if self.skip_if_erased and residual > self.erased_threshold:
                 break
-            recovered = torch.cat([text.states.double() @ recover.T for text in erased])  # (n L, D)
-            update = shared_update(
-                recovered,
-                guides,
-                kept=guides,
-                erase_scale=ERASE_SCALE,
-                preserve_scale=self.preserve_scale,
-                regularisation=self.update_regularisation,
-            )
-            weights = updated(weights, update)
+            recovered = torch.cat([each.states.double() @ recover.T for each in erased])  # (n L, D)
+            scales = 1.0, self.preserve_scale, self.update_regularisation
+            weights = updated(weights, shared_update(recovered, guides, guides, *scales))
         return weights, history
 
 
 def unreached(
-    current: Iterable[Tensor],
-    original: Iterable[Tensor],
+    current: Collection[Tensor],
+    original: Collection[Tensor],
     recover: Tensor,
     concept: Text,
     guide: Text,
@@ -151,20 +113,8 @@ def unreached(
 
     sum ||W_l c' - W_l^orig c||^2 / sum ||W_l^orig g - W_l^orig c||^2, over all projections and the
     positions from the last token on, aligned with the guide's g. Scale-free: at 1, c' is no nearer
-    to the concept than the guide is. After UCE alone all W_l are W_l^orig (I + M) with one M, so an
-    embedding that reaches the concept exists: how large one lambda allows is what decides.
+    to the concept than the guide is.
     """
-    original = list(original)
-    c, g = aligned(concept, guide, FROM_LAST)  # (n, D) both
+    c, g = aligned(concept, guide, "from_last")  # (n, D) both
     distance = squared_distance(current, c.double() @ recover.T, original, c)
     return distance / squared_distance(original, g, original, c)
-
-
-def _check_flags(uce: object, epochs: object, skip_if_erased: object) -> None:
-    if not isinstance(uce, UCE):
-        raise UserError(f"edit.uce={uce!r} is not allowed: it must be the UCE to start from.")
-    check_count("edit.epochs", epochs, 0)
-    if not isinstance(skip_if_erased, bool):
-        raise UserError(
-            f"edit.skip_if_erased={skip_if_erased!r} is not allowed: it must be true or false."
-        )

@@ -8,140 +8,105 @@ tokens of a text this is said of: see `positions`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from baselines.checks import checked_positive, checked_text, checked_texts
 from baselines.closed_form import (
     POSITIONS,
     aligned,
+    edited_projections,
     encode,
-    find_projections,
-    naming,
     shared_update,
     to_keep,
     updated,
 )
+from cad.checks import check, not_negative, one_of, optional, positive, text, texts
 from cad.concepts import Concept
-from cad.edits import Edit, Made
+from cad.edits import Edit
 from cad.errors import UserError
-from cad.instrument import measure
+from cad.identity import material
 from cad.models.base import DiffusionModel
-from cad.weight_edit import Replace
+from cad.weight_edit import WeightEdit
 
 CONCEPT = "{concept}"  # in templates
 
 
+@dataclass(frozen=True)
 class UCE(Edit):
     """Maps `concept.text`, through the templates, to the guide (paper Eq. 7).
 
-    guide: what the concept is read as, not put through the templates ("art" for each of "painting
-    by Van Gogh", "style of Van Gogh", as released).
-    preserve: texts to keep, through the templates too; those of the erased concepts, in any case
-    of letters, are left out. An empty one is kept as it is.
-    erase_scale, preserve_scale, regularisation: s_e, s_p and lambda of the objective
-    (`closed_form.shared_update`); preserve_scale None is max(0.1, 1 / number of kept texts, with
-    their templates).
-    positions: "last": the last token of erased and kept texts; "from_last": of erased texts all
-    positions from the last token on, of kept ones all.
-    templates: with "{concept}" for the text; ["{concept}"] is the text alone.
-
-    Raises UserError for values that are not allowed.
+    UserError for a value that is not allowed.
     """
 
-    name = "uce"
+    name: ClassVar[str] = "uce"
     place: ClassVar[str] = "edit"  # where its settings stand in the configuration
 
-    def __init__(
-        self,
-        guide: str,
-        preserve: Sequence[str],
-        erase_scale: float = 1.0,
-        preserve_scale: float | None = None,
-        regularisation: float = 0.5,
-        positions: str = "from_last",
-        templates: Sequence[str] = (CONCEPT,),
-    ) -> None:
-        self.guide = checked_text(f"{self.place}.guide", guide)
-        self.preserve = checked_texts(f"{self.place}.preserve", preserve)
-        self.erase_scale = checked_positive(f"{self.place}.erase_scale", erase_scale)
-        self.preserve_scale: float | None = None
-        if preserve_scale is not None:
-            key = f"{self.place}.preserve_scale"
-            self.preserve_scale = checked_positive(key, preserve_scale, zero=True)
-        self.regularisation = checked_positive(f"{self.place}.regularisation", regularisation)
-        if positions not in POSITIONS:
-            raise UserError(
-                f"{self.place}.positions={positions!r} is unknown; allowed: {', '.join(POSITIONS)}."
-            )
-        self.positions = positions
-        self.templates = checked_texts(f"{self.place}.templates", templates)
+    # Read in place of the concept, not put through the templates ("art" for each of "painting by
+    # Van Gogh", "style of Van Gogh", as released).
+    guide: str
+    # Texts to keep, through the templates too, but for those of the erased concepts.
+    preserve: Sequence[str]
+    erase_scale: float = 1.0  # s_e of the objective (`closed_form.shared_update`)
+    preserve_scale: float | None = None  # s_p; None: max(0.1, 1 / number of kept texts)
+    regularisation: float = 0.5  # lambda
+    positions: str = "from_last"  # see `closed_form.aligned` and `to_keep`
+    templates: Sequence[str] = (CONCEPT,)  # with "{concept}" for the text
+
+    def __post_init__(self) -> None:
+        check(self, self.place, guide=text, preserve=texts, templates=texts)
+        check(self, self.place, erase_scale=positive, preserve_scale=optional(not_negative))
+        check(self, self.place, regularisation=positive, positions=one_of(POSITIONS))
         if not self.templates or not all(CONCEPT in each for each in self.templates):
             raise UserError(
-                f"{self.place}.templates={self.templates} is not allowed: it must be a list of "
-                f"texts with {CONCEPT} in each, such as ['{CONCEPT}', 'image of {CONCEPT}']."
+                f"{self.place}.templates={self.templates} is not allowed: each names {CONCEPT}."
             )
 
     def settings(self, concepts: Sequence[Concept]) -> Mapping[str, Any]:
         check_guide(self.place, self.guide, concepts)
         kept = self._kept(concepts)
-        return {
-            "guide": self.guide,
-            "preserve": kept,
-            "erase_scale": self.erase_scale,
-            "preserve_scale": self._preserve_scale(len(kept)),
-            "regularisation": self.regularisation,
-            "positions": self.positions,
-            "templates": self.templates,
-        }
+        scale = self._preserve_scale(len(kept))
+        return material(self) | {"preserve": kept, "preserve_scale": scale}
 
-    def make(self, model: DiffusionModel, concepts: Sequence[Concept]) -> Made:
-        with naming(self.name):
-            original = find_projections(model)
-            check_guide(self.place, self.guide, concepts)
-            with measure(model.device) as meter:
-                edited = self.edited(model, original, concepts)
-                changes = {name: Replace(edited[name].to(w.dtype)) for name, w in original.items()}
-        return Made(changes, meter.cost)
+    def make(self, model: DiffusionModel, concepts: Sequence[Concept]) -> WeightEdit:
+        check_guide(self.place, self.guide, concepts)
+        return edited_projections(model, lambda w: (self.edited(model, w, concepts), ()))
 
-    @torch.no_grad()
     def edited(
         self, model: DiffusionModel, weights: Mapping[str, Tensor], concepts: Sequence[Concept]
     ) -> dict[str, Tensor]:
         """The projections (out, D) after the update, float32. UserError for texts too long."""
         erased = self._expanded(concept.text for concept in concepts)
         kept = self._kept(concepts)
-        texts = encode(model, [*erased, self.guide, *kept])
-        guide = texts[self.guide]
-        pairs = [aligned(texts[text], guide, self.positions) for text in erased]
-        keep = [to_keep(texts[text], self.positions) for text in kept]
-        nothing = guide.states[:0]  # (0, D)
+        encoded = encode(model, [*erased, self.guide, *kept])
+        guide = encoded[self.guide]
+        c, g = zip(*(aligned(encoded[each], guide, self.positions) for each in erased), strict=True)
+        keep = [to_keep(encoded[each], self.positions) for each in kept]
         update = shared_update(
-            torch.cat([nothing, *(c for c, _ in pairs)]),  # (n, D)
-            torch.cat([nothing, *(g for _, g in pairs)]),  # (n, D)
-            torch.cat([nothing, *keep]),  # (m, D)
+            torch.cat(c),  # (n, D)
+            torch.cat(g),  # (n, D)
+            torch.cat([guide.states[:0], *keep]),  # (m, D)
             self.erase_scale,
             self._preserve_scale(len(kept)),
             self.regularisation,
         )
-        return updated(weights, update, self.name)
+        return updated(weights, update)
 
-    def _expanded(self, texts: Iterable[str]) -> list[str]:
+    def _expanded(self, given: Iterable[str]) -> list[str]:
         """Every text in every template; an empty one alone."""
         return [
-            template.replace(CONCEPT, text)
-            for text in texts
-            for template in (self.templates if text.strip() else (CONCEPT,))
+            template.replace(CONCEPT, each)
+            for each in given
+            for template in (self.templates if each.strip() else (CONCEPT,))
         ]
 
     def _kept(self, concepts: Sequence[Concept]) -> list[str]:
-        """What is kept when these concepts are erased, in the templates, each once."""
-        erased = {plain(concept.text) for concept in concepts}
-        return list(
-            dict.fromkeys(self._expanded(t for t in self.preserve if plain(t) not in erased))
-        )
+        """The texts to keep when these concepts are erased, in the templates, each once."""
+        erased = {concept.text.strip().lower() for concept in concepts}
+        kept = [each for each in self.preserve if each.strip().lower() not in erased]
+        return list(dict.fromkeys(self._expanded(kept)))
 
     def _preserve_scale(self, kept: int) -> float:
         if self.preserve_scale is not None:
@@ -149,15 +114,10 @@ class UCE(Edit):
         return max(0.1, 1 / kept) if kept else 0.0
 
 
-def plain(text: str) -> str:
-    """The text for comparison with others."""
-    return text.strip().lower()
-
-
 def check_guide(place: str, guide: str, concepts: Sequence[Concept]) -> None:
     """UserError if the guide is one of the concepts: nothing would be erased."""
     for concept in concepts:
-        if plain(concept.text) == plain(guide):
+        if concept.text.strip().lower() == guide.strip().lower():
             raise UserError(
                 f"{place}.guide={guide!r} is the text of concept={concept.name}, which is to be "
                 "erased: name another text, or ' '."

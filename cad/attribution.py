@@ -2,59 +2,59 @@
 
 The first-order estimate of how much of J is lost when w_i is set to zero. One backward per state;
 only the chosen weights require gradients, each gradient is added up in float32 and freed as soon
-as it is made, so memory stays near the weights plus one float32 tensor per chosen weight. Large
-models go further: activations computed twice, and the sums kept on the CPU.
+as it is made, so memory stays near the weights plus one float32 tensor per chosen weight.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from cad.checks import check, flag, one_of
 from cad.components import component_weights
 from cad.errors import UserError
 from cad.gradient_checkpointing import check_gradient_checkpointing, checkpointed_gradients
+from cad.identity import Identified, describe_runtime, immaterial
+from cad.instrument import Cost, measure
 from cad.models.base import DiffusionModel
 from cad.objectives import Objective
-from cad.trajectories import NoisePlan
+from cad.store import Notes, Store, read_tensors, write_tensors
+from cad.trajectories import KEYS, NoisePlan
 
 log = logging.getLogger(__name__)
 
+FORMAT = "cad-scores/1"
 PLACES = ("device", "cpu")
 # Root mean square, within a factor of two, of the gradient that each backward starts from: in half
 # precision larger ones overflow on their way and smaller ones vanish.
 GRADIENT_RMS = 2.0**-4
-MEMORY_ONLY = ("gradient_checkpointing", "sums_on")  # change memory and time, not the scores
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attribution(NoisePlan):
+class Attribution(NoisePlan, Identified):
     """The settings of an attribution: a group of components, and where J is estimated."""
 
+    version: ClassVar[int] = 2  # of the scores
+
     component: str = "ff"  # ff | attn1 | attn2 | residual
-    gradient_checkpointing: bool = False  # less memory, more time
-    sums_on: str = "device"  # where gradients are added up: "device" | "cpu", weight by weight
+    gradient_checkpointing: bool = immaterial(False)  # less memory, more time
+    # Where gradients are added up, weight by weight: "device" | "cpu" (less memory, more time).
+    sums_on: str = immaterial("device")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.sums_on not in PLACES:
-            raise UserError(
-                f"edit.attribution.sums_on={self.sums_on!r} is unknown; "
-                f"allowed: {', '.join(PLACES)}."
-            )
-
-    def settings(self) -> dict[str, Any]:
-        """What determines the scores; JSON-able."""
-        return {key: value for key, value in asdict(self).items() if key not in MEMORY_ONLY}
+        check(self, KEYS, gradient_checkpointing=flag, sums_on=one_of(PLACES))
 
     def place(self, model: DiffusionModel) -> torch.device:
         """Where the scores are."""
@@ -68,58 +68,101 @@ class Attribution(NoisePlan):
         Returns {name: (out, in) float32} at `place`, a convolution as (out, in * kh * kw);
         positive promotes J. Leaves the model unchanged and the global random state untouched.
         Raises UserError for an empty group, for gradient checkpointing where there is none, as soon
-        as J is not finite, and if not one weight has a gradient.
+        as J is not finite, for gradients that are not, and if not one weight has a gradient.
         """
         weights = component_weights(model, self.component)
         checkpointing = self.gradient_checkpointing
-        check_gradient_checkpointing(
-            model, checkpointing, "edit.attribution.gradient_checkpointing"
-        )
-        place = self.place(model)
-        log.info(
-            "attributing %s over %d %s weights of %s",
-            objective.concept.name,
-            sum(weight.numel() for weight in weights.values()),
-            self.component,
-            model.name,
-        )
+        check_gradient_checkpointing(model, checkpointing, f"{KEYS}.gradient_checkpointing")
+        concept, size = objective.concept.name, sum(weight.numel() for weight in weights.values())
+        log.info("attributing %s over %d weights (%s)", concept, size, self.component)
         with (
-            summed_gradients(weights, place) as gradients,
+            summed_gradients(weights, self.place(model)) as gradients,
             checkpointed_gradients(model.denoiser, checkpointing),
             torch.enable_grad(),
             logging_redirect_tqdm(),
         ):
-            terms = objective.terms(model, self)
-            for state, prediction in tqdm(terms, desc="attribution", unit="step", disable=None):
-                term, gradient = term_gradient(objective, state.target, prediction)
-                _check_finite_term(term, state.t, model)
+            count, terms = objective.terms(model, self)
+            for at, prediction in tqdm(terms, "attribution", count, unit="step", disable=None):
+                term, gradient = term_gradient(objective, at.target, prediction)
+                if not term.isfinite():
+                    value = f"the objective is {term.item()} at timestep {at.t.item():g}"
+                    raise overflow(model, value)
                 # Factors that would cost half precision digits wait for the float32 sums.
                 scale = backward_scale(gradient, gradient_rms)
-                gradients.factor = state.weight / scale
+                gradients.factor = at.weight / scale
                 prediction.backward((scale * gradient).to(prediction.dtype))
-        self._check_some_gradient(gradients, model)
-        scores = {
-            name: eq3_score(
-                weight.detach().to(place).float(), gradients[name] / self.samples
-            ).flatten(1)
-            for name, weight in weights.items()
+        self._check_gradients(gradients, model)
+        return {
+            name: eq3_score(weight.detach().to(sums).flatten(1), sums.flatten(1) / self.samples)
+            for (name, weight), sums in zip(weights.items(), gradients.values(), strict=True)
         }
-        _check_finite_scores(scores, model)
-        return scores
 
-    def _check_some_gradient(self, gradients: Mapping[str, Tensor], model: DiffusionModel) -> None:
+    def _check_gradients(self, gradients: Mapping[str, Tensor], model: DiffusionModel) -> None:
         if not any(gradient.any() for gradient in gradients.values()):
             raise UserError(
                 f"all gradients of component={self.component} of model={model.name} are exactly 0: "
                 f"they underflow in dtype={model.dtype} (use dtype=float32 or bfloat16), or the "
                 "concept's prompt has no influence on the prediction."
             )
+        bad = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
+        if bad:
+            who = f"{len(bad)} weights of model={model.name}"
+            raise overflow(model, f"the gradients of {who} are NaN or infinite (first: {bad[0]})")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scores {name: (out, in) float32}, and what computing them took, then or now."""
+
+    scores: dict[str, Tensor]
+    cost: Cost
+
+
+def attribute(
+    model: DiffusionModel,
+    objective: Objective,
+    attribution: Attribution,
+    store: Store | None = None,
+) -> Scored:
+    """Attribution scores, with their cost: from the store, or computed and, if there is one, kept.
+
+    A sweep over ratios so costs one attribution: the key has neither ratio nor selection.
+    `cost.cached` tells which. Raises what `Attribution.scores` and `Store.get_or_make` raise.
+    """
+
+    def compute() -> Scored:
+        with measure(model.device) as meter:
+            scores = attribution.scores(model, objective)
+        return Scored(scores, meter.cost)
+
+    if store is None:
+        return compute()
+    key = {
+        "version": attribution.version,
+        "model": model.provenance(),
+        "objective": objective.settings(),
+        "attribution": attribution.settings(),
+        **describe_runtime(model.device),
+    }
+    scored, _ = store.get_or_make(key, "the scores", _read, compute, _write)
+    place = attribution.place(model)
+    return replace(scored, scores={name: each.to(place) for name, each in scored.scores.items()})
+
+
+def _read(path: Path, notes: Notes) -> Scored:
+    _, scores = read_tensors(path, FORMAT)
+    return Scored(scores, replace(Cost(**notes["cost"]), cached=True))
+
+
+def _write(path: Path, scored: Scored) -> Notes:
+    write_tensors(path, scored.scores, {}, FORMAT)
+    return {"cost": asdict(scored.cost)}
 
 
 def term_gradient(
     objective: Objective, target: Tensor, prediction: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """A state's term of J, (), and its derivative by the prediction, (N, C, h, w); float32."""
+    """A term of J, (), and its derivative by the prediction, (N, C, h, w); float32 both."""
     phi = prediction.detach().float().requires_grad_()
     term = objective.term(target, phi)
     (gradient,) = torch.autograd.grad(term, phi)
@@ -152,23 +195,24 @@ def summed_gradients(
 ) -> Iterator[GradientSums]:
     """Inside the block, every backward adds the weights' gradients to the yielded float32 sums.
 
-    The sums lie at `place`, to which each gradient is brought as soon as it is made.
-
-    The weights require gradients only inside; afterwards, also after an exception, they are as
-    before: no hook, no `.grad`, `requires_grad` as it was.
+    The sums lie at `place`, to which each gradient is brought as soon as it is made. The weights
+    require gradients only inside; afterwards, also after an exception, they are as before: no hook,
+    no `.grad`, `requires_grad` as it was.
     """
     required = {name: weight.requires_grad for name, weight in weights.items()}
-    sums = GradientSums(
-        {
-            name: torch.zeros_like(weight, dtype=torch.float32, device=place)
-            for name, weight in weights.items()
-        }
-    )
+    sums = GradientSums()
     hooks = []
+
+    def add_and_free(name: str, weight: Tensor) -> None:
+        if weight.grad is not None:
+            sums[name].add_(weight.grad.to(place), alpha=sums.factor)  # in float32
+            weight.grad = None
+
     try:
         for name, weight in weights.items():
+            sums[name] = torch.zeros_like(weight, dtype=torch.float32, device=place)
             weight.requires_grad_(True)
-            hook = _add_and_free(sums, name)
+            hook = partial(add_and_free, name)
             hooks.append(weight.register_post_accumulate_grad_hook(hook))
         yield sums
     finally:
@@ -179,27 +223,9 @@ def summed_gradients(
             weight.grad = None
 
 
-def _add_and_free(sums: GradientSums, name: str) -> Callable[[Tensor], None]:
-    def add_and_free(weight: Tensor) -> None:
-        if weight.grad is not None:
-            sums[name].add_(weight.grad.to(sums[name].device), alpha=sums.factor)  # in float32
-            weight.grad = None
-
-    return add_and_free
-
-
-def _check_finite_term(term: Tensor, t: Tensor, model: DiffusionModel) -> None:
-    if not torch.isfinite(term):
-        raise UserError(
-            f"the objective is {term.item()} at timestep {t.item():g}: model={model.name} "
-            f"overflows in dtype={model.dtype}. Use dtype=float32 or bfloat16; check the weights."
-        )
-
-
-def _check_finite_scores(scores: Mapping[str, Tensor], model: DiffusionModel) -> None:
-    bad = [name for name, score in scores.items() if not torch.isfinite(score).all()]
-    if bad:
-        raise UserError(
-            f"the scores of {len(bad)} weights of model={model.name} are NaN or infinite (first: "
-            f"{bad[0]}): gradients overflow in dtype={model.dtype}. Use dtype=float32 or bfloat16."
-        )
+def overflow(model: DiffusionModel, found: str) -> UserError:
+    """The error for something that was found not to be finite."""
+    return UserError(
+        f"{found}: model={model.name} overflows in dtype={model.dtype}. Use dtype=float32 or "
+        "bfloat16; check the weights."
+    )

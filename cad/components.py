@@ -4,11 +4,11 @@ A model's adapter names its groups as regular expressions over parameter names
 (`DiffusionModel.components`); the ones of UNets (SD 1.x, 2.x, XL) and of joint-attention
 transformers (SD 3, 3.5) stand here.
 
-Such a transformer has no self- and cross-attention to tell apart: image and text tokens attend to
-all of both. The paper's names are carried over by what the weights read and write. "attn1" is what
-image tokens are projected with, and the attention among image tokens alone that some blocks have
-besides (SD 3.5 medium: 13 blocks, where it is called `attn2`); "attn2" is what text tokens are
-projected with, the way on which the prompt comes in. "ff" are the feed-forward layers of both.
+In such a transformer image and text tokens attend to all of both. The paper's names are carried
+over by what the weights read and write. "attn1" is what image tokens are projected with, and the
+attention among image tokens alone that some blocks have besides (SD 3.5 medium: 13 blocks, where it
+is called `attn2`); "attn2" is what text tokens are projected with, the way on which the prompt
+comes in. "ff" are the feed-forward layers of both.
 """
 
 from __future__ import annotations
@@ -49,9 +49,8 @@ def matching_weights(model: DiffusionModel, pattern: re.Pattern[str]) -> dict[st
 def text_projections(model: DiffusionModel) -> dict[str, nn.Parameter]:
     """The key and value projections of the cross-attentions, (out, D), in the denoiser's order.
 
-    They are all that a UNet reads the prompt's states (N, L, D) with. Which they are is the model's
-    word, `DiffusionModel.text_projections`. Raises UserError for a model without cross-attention
-    (SD 3.5 attends to image and text jointly; what is called `attn2` there reads the image).
+    They are all that a UNet reads the prompt's states (N, L, D) with. Raises UserError for a model
+    without cross-attention (SD 3.5: what is called `attn2` there reads the image).
     """
     pattern = model.text_projections
     weights = {} if pattern is None else matching_weights(model, re.compile(pattern))
@@ -69,22 +68,12 @@ def component_weights(model: DiffusionModel, component: str) -> dict[str, nn.Par
     Linear weights (out, in), convolutions (out, in, kh, kw). Raises UserError for a group that the
     model's family does not have or that is empty in this model.
     """
-    if component in model.no_components:
-        raise UserError(
-            f"component={component} is not allowed for model={model.name} "
-            f"({type(model.denoiser).__name__}): {model.no_components[component]}. "
-            f"Choose another group: {', '.join(model.components)}."
-        )
+    who = f"model={model.name} ({type(model.denoiser).__name__})"
+    groups = ", ".join(model.components)
     if component not in model.components:
-        raise UserError(
-            f"component={component!r} is unknown for model={model.name}; "
-            f"allowed: {', '.join(model.components)}."
-        )
+        reason = model.no_components.get(component, "there is no such group")
+        raise UserError(f"component={component} is not allowed for {who}: {reason}; use {groups}.")
     weights = matching_weights(model, re.compile(model.components[component]))
     if not weights:
-        raise UserError(
-            f"component={component} is empty: no weight of model={model.name} "
-            f"({type(model.denoiser).__name__}) belongs to it. Choose another group: "
-            f"{', '.join(model.components)}."
-        )
+        raise UserError(f"component={component} is empty for {who}; use {groups}.")
     return weights

@@ -1,19 +1,20 @@
-"""What is erased or amplified."""
+"""Concepts: the things that are erased or amplified."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 
+from cad.checks import check, one_of, text
 from cad.errors import UserError
+from cad.identity import Identified
 
 KINDS = ("object", "style", "explicit")
-VOWELS = "aeiouAEIOU"
 _NAME = re.compile(r"[a-z0-9]+(_[a-z0-9]+)*")
 
 
 @dataclass(frozen=True)
-class Concept:
+class Concept(Identified):
     """A concept and its prompts (paper Sec. 4; the prompts of conf/concept/NAME.yaml).
 
     Raises UserError for a name that is not snake_case, an unknown kind, or an empty text or prompt.
@@ -31,8 +32,7 @@ class Concept:
                 f"concept.name={self.name!r} is not snake_case: write it as in conf/concept/, "
                 "for example 'french_horn'."
             )
-        if self.kind not in KINDS:
-            raise UserError(f"concept.kind={self.kind!r} is unknown; allowed: {', '.join(KINDS)}.")
+        check(self, "concept", kind=one_of(KINDS), text=text, prompt=text, base_prompt=text)
         for key in ("text", "prompt"):
             if not getattr(self, key).strip():
                 raise UserError(f"concept.{key} of {self.name!r} is empty; write the words for it.")
@@ -43,6 +43,6 @@ class Concept:
             )
 
 
-def with_article(text: str) -> str:
-    """`text` after its indefinite article: "a French horn", "an English springer"."""
-    return f"{'an' if text[:1] in VOWELS else 'a'} {text}"
+def with_article(noun: str) -> str:
+    """The noun after its indefinite article: "a French horn", "an English springer"."""
+    return f"{'an' if noun[:1] in 'aeiouAEIOU' else 'a'} {noun}"

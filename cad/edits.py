@@ -1,46 +1,33 @@
 """The contract of every way to edit a model, and CAD's own edits (paper Sec. 5, Algorithms 1, 2).
 
-An edit is called with a model and concepts and returns a `WeightEdit`: a value. A new method (a
-baseline, a user's own) subclasses `Edit` and says what its settings are and what it changes;
-provenance is done here, once for all.
+A new method (a baseline, a user's own) subclasses `Edit` and says what its settings are and what
+it changes; provenance is done here, once for all.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import KW_ONLY, asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from cad.attribution import Attribution
+from cad.attribution import Attribution, Scored, attribute
+from cad.checks import check, number, one_of
 from cad.components import component_weights
 from cad.concepts import Concept
 from cad.errors import UserError
+from cad.identity import describe_runtime, material
 from cad.instrument import Cost, measure
 from cad.models.base import DiffusionModel
-from cad.objectives import AmplifyObjective, EraseObjective, Objective, check_weighting
+from cad.objectives import WEIGHTINGS, AmplifyObjective, EraseObjective, Objective
 from cad.references import References
-from cad.runtime import describe_runtime
-from cad.score_store import Scored, ScoreStore, compute_scores
 from cad.selection import Selection
+from cad.store import Notes, Store
 from cad.weight_edit import Change, Scale, WeightEdit, Zero
-
-
-@dataclass(frozen=True)
-class Made:
-    """What `Edit.make` found: changes by parameter name, what finding them cost, and how it went.
-
-    `cost` (`cad.instrument.measure`) is the method's own work, no hashing or storing; work taken
-    from a cache counts with its original cost. `history` is one JSON-able record per step of a
-    method that trains, empty for the others.
-    """
-
-    changes: Mapping[str, Change]
-    cost: Cost = field(default_factory=Cost)
-    history: Sequence[Mapping[str, float]] = ()
 
 
 class Edit(ABC):
@@ -53,42 +40,49 @@ class Edit(ABC):
     version: ClassVar[int] = 1  # raise it when the edits of equal settings change
 
     def __call__(self, model: DiffusionModel, concept: Concept, *more: Concept) -> WeightEdit:
-        """The changes that erase or amplify the concept, or several at once, with their cost.
+        """The changes that erase or amplify the concept, or several at once; applies none of them.
 
-        Does not apply them. Raises UserError, before work is spent, where the method cannot be
-        used on this model, this concept, or several concepts.
+        Raises UserError, before work is spent, where the method cannot be used on these.
         """
         concepts = (concept, *more)
         provenance = self.provenance(model, concepts)
-        made = self.make(model, concepts)
-        return WeightEdit(made.changes, provenance, made.cost, tuple(made.history))
+        try:
+            made = self.make(model, concepts)
+        except UserError as error:
+            raise UserError(f"edit={self.name}: {error}") from error
+        return replace(made, provenance=provenance)
 
-    def provenance(self, model: DiffusionModel, concepts: Sequence[Concept]) -> dict[str, Any]:
-        """Everything that determines the edit; JSON-able. Raises UserError as `settings`."""
+    def identity(self, concepts: Sequence[Concept]) -> dict[str, Any]:
+        """All that determines the edit beside model and machine; JSON-able. Loads no weights."""
         return {
-            "model": model.provenance(),
             "edit": self.name,
             "version": self.version,
             "settings": dict(self.settings(concepts)),
-            "concepts": [asdict(each) for each in concepts],
-            **describe_runtime(model.device),
+            "concepts": [each.settings() for each in concepts],
         }
 
+    def provenance(self, model: DiffusionModel, concepts: Sequence[Concept]) -> dict[str, Any]:
+        """All that determines the edit; JSON-able."""
+        found = {"model": model.provenance(), **self.identity(concepts)}
+        return found | describe_runtime(model.device)
+
     def clean_up(self, model: DiffusionModel, concepts: Sequence[Concept]) -> None:
-        """Delete what `make` kept on disk to go on from, now that the edit itself is stored."""
+        """Deletes what `make` kept on disk to go on from, now that the edit itself is stored."""
         return None
 
-    @abstractmethod
     def settings(self, concepts: Sequence[Concept]) -> Mapping[str, Any]:
-        """Everything that determines the edit beside model and concepts; JSON-able.
+        """The method's settings, a dataclass's material fields; JSON-able.
 
         Asked for before the work; raises UserError for what is missing.
         """
+        return material(self)
 
     @abstractmethod
-    def make(self, model: DiffusionModel, concepts: Sequence[Concept]) -> Made:
-        """Find the changes, and leave the model as it was found, also after an exception.
+    def make(self, model: DiffusionModel, concepts: Sequence[Concept]) -> WeightEdit:
+        """Finds the changes, and leaves the model as it was found, also after an exception.
 
+        `cost` (`cad.instrument.measure`) is the method's own work, no hashing or storing; work
+        taken from a cache counts with its original cost. The provenance is added by `__call__`.
         Raises UserError, before work is spent, for a model or concepts that the method cannot do.
         """
 
@@ -101,112 +95,90 @@ class NoEdit(Edit):
     def settings(self, concepts: Sequence[Concept]) -> Mapping[str, Any]:
         return {}
 
-    def make(self, model: DiffusionModel, concepts: Sequence[Concept]) -> Made:
-        return Made({})
+    def make(self, model: DiffusionModel, concepts: Sequence[Concept]) -> WeightEdit:
+        return WeightEdit({})
 
 
+@dataclass(eq=False)
 class ScoredEdit(Edit):
-    """Attribute, select, change. Several concepts: each its own scores, then all that was chosen.
-
-    `store` keeps the scores on disk; None computes them every time.
-    """
+    """Attribute, select, change; of several concepts all that is chosen by each one's scores."""
 
     sign: ClassVar[int]  # +1 chooses the most positive components, -1 the most negative
 
-    def __init__(
-        self, attribution: Attribution, selection: Selection, store: ScoreStore | None = None
-    ) -> None:
-        self.attribution = attribution
-        self.selection = selection
-        self.store = store
-
-    def settings(self, concepts: Sequence[Concept]) -> Mapping[str, Any]:
-        return {
-            "attribution": self.attribution.settings(),
-            "selection": asdict(self.selection),
-            "objectives": [dict(self.objective(concept).describe()) for concept in concepts],
-        }
-
-    def make(self, model: DiffusionModel, concepts: Sequence[Concept]) -> Made:
-        self.selection.check(component_weights(model, self.attribution.component))
-        objectives = [self.objective(concept) for concept in concepts]
-        chosen: dict[str, Tensor] = {}
-        cost = Cost()
-        for objective in objectives:
-            scored = self.scored(model, objective)
-            with measure(model.device) as selecting:
-                for name, indices in self.selection.indices(scored.scores, self.sign).items():
-                    chosen[name] = _union(chosen[name], indices) if name in chosen else indices
-            cost += scored.cost + selecting.cost
-        return Made({name: self.change(_compact(each)) for name, each in chosen.items()}, cost)
+    attribution: Attribution
+    selection: Selection
+    _: KW_ONLY
+    store: Store | None = None  # keeps the scores on disk; None computes them every time
 
     @abstractmethod
     def objective(self, concept: Concept) -> Objective:
-        """J whose components are chosen from."""
+        """J of a concept, whose components are chosen from."""
 
-    @abstractmethod
-    def change(self, indices: Tensor) -> Change:
-        """What becomes of the chosen components."""
+    def settings(self, concepts: Sequence[Concept]) -> Mapping[str, Any]:
+        return {
+            "attribution": {"version": self.attribution.version, **self.attribution.settings()},
+            "selection": self.selection.settings(),
+            "objectives": [dict(self.objective(concept).settings()) for concept in concepts],
+        }
+
+    def make(self, model: DiffusionModel, concepts: Sequence[Concept]) -> WeightEdit:
+        self.selection.check(component_weights(model, self.attribution.component))
+        chosen: dict[str, Tensor] = {}
+        cost = Cost()
+        for concept in concepts:
+            scored = self.scored(model, self.objective(concept))
+            with measure(model.device) as selecting:
+                for name, indices in self.selection.indices(scored.scores, self.sign).items():
+                    if name in chosen:
+                        indices = torch.cat([chosen[name], indices]).unique()  # ascending
+                    chosen[name] = indices
+            cost += scored.cost + selecting.cost
+        changes = {name: self.change(compact(indices)) for name, indices in chosen.items()}
+        return WeightEdit(changes, cost=cost)
 
     def scored(self, model: DiffusionModel, objective: Objective) -> Scored:
-        """What is chosen from: scores from the store, or computed (and kept, if there is one)."""
-        if self.store is None:
-            return compute_scores(model, objective, self.attribution)
-        return self.store.scored(model, objective, self.attribution)
+        """The scores that are chosen from: the store's, or computed (and kept, if there is one)."""
+        return attribute(model, objective, self.attribution, self.store)
+
+    def change(self, indices: Tensor) -> Change:
+        """The change of the chosen components: they are knocked out."""
+        return Zero(indices)
 
 
-class _ErasingEdit(ScoredEdit):
-    """Chooses by Eq. 4. `weighting` of its timesteps: "model" | "epsilon" (`EraseObjective`)."""
+@dataclass(eq=False)
+class CADErase(ScoredEdit):
+    """Algorithm 1: zeroes the components that promote the concept most (Eq. 4's positive ones).
 
-    def __init__(
-        self,
-        attribution: Attribution,
-        selection: Selection,
-        store: ScoreStore | None = None,
-        weighting: str = "model",
-    ) -> None:
-        super().__init__(attribution, selection, store)
-        check_weighting(weighting)
-        self.weighting = weighting
+    `weighting` of Eq. 4's timesteps: "model" | "epsilon" (`EraseObjective`).
+    """
+
+    name = "erase"
+    sign = +1
+
+    weighting: str = "model"
+
+    def __post_init__(self) -> None:
+        check(self, "edit", weighting=one_of(WEIGHTINGS))
 
     def objective(self, concept: Concept) -> Objective:
         return EraseObjective(concept, self.weighting)
 
 
-class CADErase(_ErasingEdit):
-    """Algorithm 1: zeroes the components that promote the concept most (Eq. 4's positive ones)."""
-
-    name = "erase"
-    sign = +1
-
-    def change(self, indices: Tensor) -> Change:
-        return Zero(indices)
-
-
+@dataclass(eq=False)
 class CADAmplify(ScoredEdit):
     """Algorithm 2: zeroes the components that suppress the concept most (Eq. 5's negative ones)."""
 
     name = "amplify"
     sign = -1
 
-    def __init__(
-        self,
-        attribution: Attribution,
-        selection: Selection,
-        references: References,
-        store: ScoreStore | None = None,
-    ) -> None:
-        super().__init__(attribution, selection, store)
-        self.references = references
+    references: References
 
     def objective(self, concept: Concept) -> Objective:
         return AmplifyObjective(concept, self.references)
 
-    def change(self, indices: Tensor) -> Change:
-        return Zero(indices)
 
-
-class CADRescale(_ErasingEdit):
+@dataclass(eq=False)
+class CADRescale(CADErase):
     """Table 11: erases by strengthening what suppresses: Eq. 4's negative components x factor.
 
     Raises UserError unless factor > 1 (the paper: 1.5, 2, 3).
@@ -215,18 +187,11 @@ class CADRescale(_ErasingEdit):
     name = "rescale"
     sign = -1
 
-    def __init__(
-        self,
-        attribution: Attribution,
-        selection: Selection,
-        factor: float,
-        store: ScoreStore | None = None,
-        weighting: str = "model",
-    ) -> None:
-        super().__init__(attribution, selection, store, weighting)
-        if not 1.0 < factor < float("inf"):
-            raise UserError(f"edit.factor={factor} is not allowed; it must be greater than 1.")
-        self.factor = float(factor)  # 2 and 2.0 are one edit
+    factor: float = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self, "edit", factor=number(lambda x: x > 1, "a finite number greater than 1"))
 
     def settings(self, concepts: Sequence[Concept]) -> Mapping[str, Any]:
         return {**super().settings(concepts), "factor": self.factor}
@@ -235,12 +200,35 @@ class CADRescale(_ErasingEdit):
         return Scale(indices, self.factor)
 
 
-def _union(first: Tensor, second: Tensor) -> Tensor:
-    merged: Tensor = torch.cat([first, second]).unique()
-    return merged  # ascending
+def make_edit(
+    method: Edit,
+    model: DiffusionModel,
+    concepts: Sequence[Concept],
+    store: Store | None = None,
+) -> tuple[WeightEdit, Path | None]:
+    """The method's edit and its file: from the store, or made and kept there, if there is one.
+
+    `cost.cached` tells which. Raises what `Edit.__call__` and `Store.get_or_make` raise.
+    """
+    if store is None:
+        return method(model, *concepts), None
+    key, what = method.provenance(model, concepts), f"the edit by {method.name}"
+    found = store.get_or_make(key, what, _read, lambda: method(model, *concepts), _write)
+    method.clean_up(model, concepts)
+    return found
 
 
-def _compact(indices: Tensor) -> Tensor:
-    """int32 where it suffices, which halves the edit's file."""
+def _read(path: Path, notes: Notes) -> WeightEdit:
+    cost = replace(Cost(**notes["cost"]), cached=True)
+    return replace(WeightEdit.load(path), cost=cost, history=tuple(notes["history"]))
+
+
+def _write(path: Path, edit: WeightEdit) -> Notes:
+    edit.save(path)
+    return {"cost": asdict(edit.cost), "history": list(edit.history)}
+
+
+def compact(indices: Tensor) -> Tensor:
+    """The indices (k,), k > 0, as int32 where it suffices, which halves an edit's file."""
     fits = indices.max().item() <= torch.iinfo(torch.int32).max
     return indices.to(torch.int32 if fits else torch.int64)

@@ -1,13 +1,23 @@
-"""Writing files so that no reader ever meets half of one."""
+"""Files that are whole or absent, and hashes of what files hold."""
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
+from tqdm import tqdm
+
+from cad.errors import UserError
+
+BAR_FROM = 2**30  # bytes of a file whose hashing shows a progress bar
+PIECE = 2**22  # bytes read at once
 
 
 @contextmanager
@@ -15,25 +25,46 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`: written, flushed to disk and renamed when the block ends.
 
     After an exception `path` is as it was before and the temporary file is gone. Creates the
-    folder. Raises OSError where the disk does (a failed write is fatal).
+    folder; who may read the file is for the umask to say.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary.touch(exist_ok=False)
+    permissions = temporary.stat().st_mode
     try:
         yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
-        temporary.chmod(0o644)  # mkstemp makes private files
+        temporary.chmod(permissions)  # safetensors makes private files
         temporary.replace(path)
-        _flush_folder(path.parent)
+        folder = os.open(path.parent, os.O_RDONLY)  # a rename is on disk only once its folder is
+        os.fsync(folder)
+        os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def write_atomically(path: Path, data: bytes) -> None:
+    """Makes `path` hold `data`, flushed to disk, or leaves it as it was. Raises OSError."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextmanager
+def writing_results(folder: Path) -> Iterator[None]:
+    """Turns a write that fails inside the block, such as on a full disk, into a UserError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        raise UserError(
+            f"cannot write to {folder}: {reason}. Make room, or choose another folder with "
+            "paths.results=DIR. What was finished is kept; the same command goes on from there."
+        ) from error
+
+
 def link_or_copy(source: Path, target: Path) -> None:
-    """Make `target` the same file as `source`, a copy where the disk cannot link; atomically."""
+    """Makes `target` the same file as `source`, a copy where the disk cannot link; atomically."""
     with atomic_path(target) as temporary:
         temporary.unlink()
         try:
@@ -42,10 +73,31 @@ def link_or_copy(source: Path, target: Path) -> None:
             shutil.copyfile(source, temporary)
 
 
-def _flush_folder(folder: Path) -> None:
-    """A rename is on disk only once its folder is."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def file_digest(path: Path, algorithm: str = "sha256") -> str:
+    """The hash of a file's bytes, hexadecimal; read again only once size or time have changed."""
+    status = path.stat()
+    return _read_digest(path.resolve(), algorithm, status.st_size, status.st_mtime_ns)
+
+
+def content_digest(path: Path) -> str:
+    """SHA-256 over names and bytes of a file, or of a folder's. UserError if there is nothing."""
+    if not path.exists():
+        raise UserError(f"there is neither a file nor a folder at {path}.")
+    files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
+    digest = hashlib.sha256()
+    for file in files:
+        name = file.relative_to(path).as_posix() if path.is_dir() else file.suffix
+        digest.update(f"{name}\0{file_digest(file)}".encode())
+    return digest.hexdigest()
+
+
+@functools.cache
+def _read_digest(path: Path, algorithm: str, size: int, _changed: int) -> str:
+    digest = hashlib.new(algorithm)
+    hide = None if size >= BAR_FROM else True  # None: hidden where there is no terminal
+    bar = tqdm(desc=f"hash of {path.name}", total=size, unit="B", unit_scale=True, disable=hide)
+    with bar, path.open("rb") as stream:
+        while piece := stream.read(PIECE):
+            digest.update(piece)
+            bar.update(len(piece))
+    return digest.hexdigest()

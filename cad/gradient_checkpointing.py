@@ -22,11 +22,11 @@ def check_gradient_checkpointing(model: DiffusionModel, wanted: bool, key: str) 
 @contextmanager
 def checkpointed_gradients(denoiser: Any, wanted: bool) -> Iterator[None]:
     """Gradient checkpointing inside the block, if it is wanted; afterwards as it was."""
-    switch = wanted and not denoiser.is_gradient_checkpointing
-    if switch:
-        denoiser.enable_gradient_checkpointing()
+    if not wanted or denoiser.is_gradient_checkpointing:
+        yield
+        return
+    denoiser.enable_gradient_checkpointing()
     try:
         yield
     finally:
-        if switch:
-            denoiser.disable_gradient_checkpointing()
+        denoiser.disable_gradient_checkpointing()

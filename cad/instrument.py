@@ -1,4 +1,4 @@
-"""What an edit costs: wall time and peak memory of a block (Table 10)."""
+"""The cost of an edit: wall time and peak memory of a block (Table 10)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Self
 
 import psutil
 import torch
@@ -22,8 +23,7 @@ class Cost:
 
     `memory_kind` says what `peak_memory_mb` is: on a GPU the most memory allocated by PyTorch,
     model included (what the paper reports); on a CPU the growth of the process's resident memory;
-    "" if nothing was measured. `cached`: the numbers are those of the run that did the work, not
-    of this one.
+    "" if nothing was measured. `cached`: another run did the work, and these are its numbers.
     """
 
     seconds: float = 0.0
@@ -43,64 +43,59 @@ class Cost:
 
 
 class Meter:
-    """Holds the `cost` of a measured block, once the block has ended."""
-
-    cost: Cost
-
-
-@contextmanager
-def measure(device: torch.device) -> Iterator[Meter]:
-    """Measures the block: `with measure(device) as meter: ...`, then `meter.cost`.
+    """Measures a block: `with measure(device) as meter: ...`, then `meter.cost`.
 
     Waits for the GPU at both ends and resets PyTorch's peak statistics; so around another measured
-    block, the peak counts from the inner block's start.
+    block, the peak counts from the inner block's start. Pauses inside do not count. Add the cost of
+    earlier sittings to `cost` inside the block, and it adds up. On a CPU, memory is the growth
+    since the start or the last pause, and the largest counts: no pause before the first step.
     """
-    meter = Meter()
-    memory = _CudaPeak(device) if device.type == "cuda" else _ResidentPeak()
-    start = time.perf_counter()
-    try:
-        yield meter
-    finally:
-        peak = memory.stop()
-        seconds = time.perf_counter() - start
-        meter.cost = Cost(seconds, peak / MB, memory_kind=memory.kind)
-
-
-class _CudaPeak:
-    kind = "cuda allocated"
 
     def __init__(self, device: torch.device) -> None:
+        self.cost = Cost()
         self._device = device
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-
-    def stop(self) -> int:
-        torch.cuda.synchronize(self._device)
-        return torch.cuda.max_memory_allocated(self._device)
-
-
-class _ResidentPeak:
-    """Watches the resident memory from a thread: the system's own peak cannot be reset portably."""
-
-    kind = "resident growth"
-
-    def __init__(self) -> None:
-        gc.collect()  # garbage of earlier work, freed meanwhile, would hide as much of the growth
+        self._cuda = device.type == "cuda"
         self._process = psutil.Process()
-        self._start = self._peak = self._process.memory_info().rss
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
+
+    def __enter__(self) -> Self:
+        if self._cuda:
+            torch.cuda.synchronize(self._device)
+            torch.cuda.reset_peak_memory_stats(self._device)
+        else:
+            gc.collect()  # garbage of earlier work, freed meanwhile, would hide as much growth
+            self._before = self._peak = self._process.memory_info().rss
+            self._done = threading.Event()
+            # The system's own peak of resident memory cannot be reset portably.
+            self._watcher = threading.Thread(target=self._watch, daemon=True)
+            self._watcher.start()
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._cuda:
+            torch.cuda.synchronize(self._device)
+            kind, peak = "cuda allocated", torch.cuda.max_memory_allocated(self._device)
+        else:
+            self._done.set()
+            self._watcher.join()
+            kind, peak = "resident growth", self._peak - self._before
+        seconds = time.perf_counter() - self._start
+        self.cost += Cost(seconds, peak / MB, memory_kind=kind)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """A block inside that does not count."""
+        self.__exit__()
+        try:
+            yield
+        finally:
+            self.__enter__()
 
     def _watch(self) -> None:
-        while not self._done.wait(_SAMPLING_INTERVAL):
-            self._look()
+        done = False
+        while not done:
+            done = self._done.wait(_SAMPLING_INTERVAL)  # after which a last look is taken
+            self._peak = max(self._peak, self._process.memory_info().rss)
 
-    def _look(self) -> None:
-        self._peak = max(self._peak, self._process.memory_info().rss)
 
-    def stop(self) -> int:
-        self._done.set()
-        self._thread.join()
-        self._look()
-        return int(self._peak - self._start)
+measure = Meter

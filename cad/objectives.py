@@ -1,7 +1,7 @@
 """The objective J whose sensitivity to each weight is attributed (paper Eq. 4 and Eq. 5).
 
-Both compare, state by state, the network's prediction Phi(x_t, c, t) with a target that no weight
-moves: J = sum over states of term(target, prediction), in the model's own parameterisation. So the
+Both compare, at one x_t after another, the network's prediction Phi(x_t, c, t) with a target that
+no weight moves: J = sum of term(target, prediction), in the model's own parameterisation. So the
 attribution, and the check of its predictions (`cad.effects`), need to know of no more than that.
 """
 
@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from cad import trajectories
+from cad.checks import one_of
 from cad.concepts import Concept
-from cad.errors import UserError
-from cad.models.base import Conditioning, DiffusionModel
+from cad.models.base import DiffusionModel
+from cad.models.conditioning import Conditioning
 from cad.references import References
 from cad.sampling import draw_noise, make_generators
 from cad.trajectories import NoisePlan
@@ -27,27 +28,17 @@ WEIGHTINGS = ("model", "epsilon")
 
 
 @dataclass(frozen=True)
-class State:
+class Comparison:
     """Where J has a term, for a batch; x_t and target (N, C, h, w), t ()."""
 
     x_t: Tensor  # as the network takes it
     t: Tensor
     target: Tensor  # what Phi(x_t, c, t) is compared with; without gradient
-    weight: float = 1.0  # what J multiplies this state's term by
+    weight: float = 1.0  # what J multiplies this term by
 
 
-@dataclass(frozen=True)
-class Terms:
-    """The states of J, and the predictions there: iterates once, and knows how many there are."""
-
-    length: int
-    pairs: Iterator[tuple[State, Tensor]]
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[tuple[State, Tensor]]:
-        return self.pairs
+Terms = Iterator[tuple[Comparison, Tensor]]
+"""The comparisons of J, each with Phi(x_t, c, t) there."""
 
 
 class Objective(ABC):
@@ -63,24 +54,24 @@ class Objective(ABC):
         return model.encode_prompts([self.concept.prompt])
 
     @abstractmethod
-    def describe(self) -> Mapping[str, Any]:
-        """What determines J beside model and plan; JSON-able, part of the scores' key.
+    def settings(self) -> Mapping[str, Any]:
+        """All that determines J beside model and plan; JSON-able, part of the scores' key.
 
         Raises UserError if J cannot be formed for the concept.
         """
 
     @abstractmethod
-    def terms(self, model: DiffusionModel, plan: NoisePlan) -> Terms:
-        """The states of J with Phi(x_t, c, t) there.
+    def terms(self, model: DiffusionModel, plan: NoisePlan) -> tuple[int, Terms]:
+        """The comparisons of J with Phi(x_t, c, t) there, and how many there are.
 
         The caller's gradient mode decides whether predictions carry their graph. The sum of
-        `state.weight` times `term` over all of them is `plan.samples` times J.
+        `Comparison.weight` times `term` over all of them is `plan.samples` times J.
         """
 
     @staticmethod
     @abstractmethod
     def term(target: Tensor, prediction: Tensor) -> Tensor:
-        """The states' contribution to J before their weight, summed over the batch.
+        """The comparison's part in J before its weight, summed over the batch.
 
         (N, C, h, w) both -> () float32.
         """
@@ -101,10 +92,9 @@ class EraseObjective(Objective):
 
     def __init__(self, concept: Concept, weighting: str = "model") -> None:
         super().__init__(concept)
-        check_weighting(weighting)
-        self.weighting = weighting
+        self.weighting = one_of(WEIGHTINGS)("edit.weighting", weighting)
 
-    def describe(self) -> Mapping[str, Any]:
+    def settings(self) -> Mapping[str, Any]:
         return {
             "objective": self.name,
             "prompt": self.concept.prompt,
@@ -112,11 +102,10 @@ class EraseObjective(Objective):
             "weighting": self.weighting,
         }
 
-    def terms(self, model: DiffusionModel, plan: NoisePlan) -> Terms:
-        length = plan.steps * len(plan.batches(plan.samples))
-        return Terms(length, self._pairs(model, plan))
+    def terms(self, model: DiffusionModel, plan: NoisePlan) -> tuple[int, Terms]:
+        return plan.steps * len(plan.batches(plan.samples)), self._terms(model, plan)
 
-    def _pairs(self, model: DiffusionModel, plan: NoisePlan) -> Iterator[tuple[State, Tensor]]:
+    def _terms(self, model: DiffusionModel, plan: NoisePlan) -> Terms:
         c, unconditional = self.conditioning(model), model.encode_prompts([""])
         c_b = model.encode_prompts([self.concept.base_prompt])
         for visit in trajectories.visits(model, plan, c, unconditional):
@@ -125,7 +114,7 @@ class EraseObjective(Objective):
                 with torch.no_grad():
                     target = model.predict(visit.x_t, visit.t, c_b.expand(len(target)))
             weight = model.epsilon_weight(visit.t) if self.weighting == "epsilon" else 1.0
-            yield State(visit.x_t, visit.t, target, weight), visit.conditional
+            yield Comparison(visit.x_t, visit.t, target, weight), visit.conditional
 
     @staticmethod
     def term(target: Tensor, prediction: Tensor) -> Tensor:
@@ -147,21 +136,19 @@ class AmplifyObjective(Objective):
         super().__init__(concept)
         self.references = references
 
-    def describe(self) -> Mapping[str, Any]:
+    def settings(self) -> Mapping[str, Any]:
         return {
             "objective": self.name,
             "prompt": self.concept.prompt,
-            "references": dict(self.references.describe(self.concept)),
+            "references": dict(self.references.settings(self.concept)),
         }
 
-    def terms(self, model: DiffusionModel, plan: NoisePlan) -> Terms:
+    def terms(self, model: DiffusionModel, plan: NoisePlan) -> tuple[int, Terms]:
         x_0 = self.references.latents(model, self.concept)  # (R, C, h, w)
         x_0 = x_0.repeat_interleave(plan.samples, dim=0)  # (R * samples, C, h, w)
-        return Terms(plan.steps * len(plan.batches(len(x_0))), self._pairs(model, plan, x_0))
+        return plan.steps * len(plan.batches(len(x_0))), self._terms(model, plan, x_0)
 
-    def _pairs(
-        self, model: DiffusionModel, plan: NoisePlan, x_0: Tensor
-    ) -> Iterator[tuple[State, Tensor]]:
+    def _terms(self, model: DiffusionModel, plan: NoisePlan, x_0: Tensor) -> Terms:
         c = self.conditioning(model)
         timesteps = model.sampler(plan.steps, "ddim").timesteps
         for batch in plan.batches(len(x_0)):
@@ -170,18 +157,10 @@ class AmplifyObjective(Objective):
             for t in timesteps:
                 noise = draw_noise(model, generators)
                 x_t = model.add_noise(clean, noise, t)
-                state = State(x_t, t, model.target(clean, noise, t))
-                yield state, model.predict(x_t, t, c.expand(len(batch)))
+                at = Comparison(x_t, t, model.target(clean, noise, t))
+                yield at, model.predict(x_t, t, c.expand(len(batch)))
 
     @staticmethod
     def term(target: Tensor, prediction: Tensor) -> Tensor:
         error = target.float() - prediction.float()
         return -error.square().flatten(1).mean(dim=1).sum()
-
-
-def check_weighting(weighting: str) -> None:
-    """UserError unless `EraseObjective` knows it."""
-    if weighting not in WEIGHTINGS:
-        raise UserError(
-            f"edit.weighting={weighting!r} is unknown; allowed: {', '.join(WEIGHTINGS)}."
-        )

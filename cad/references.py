@@ -6,7 +6,6 @@ content: images that the unedited model generates for the concept's own prompt.
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -16,12 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from cad.concepts import Concept
 from cad.digests import tensors_digest
 from cad.errors import UserError
+from cad.files import file_digest
 from cad.models.base import DiffusionModel
 from cad.sampling import make_generators, walk
 
@@ -29,18 +30,15 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 class References(ABC):
-    """Latents x_0 of images that show a concept."""
+    """Latents x_0 of images that show a concept. UserError if there are none for it."""
 
     @abstractmethod
-    def describe(self, concept: Concept) -> Mapping[str, Any]:
-        """What determines the latents, beside the model; JSON-able, and cheap to ask for.
-
-        Raises UserError if there are no references for the concept.
-        """
+    def settings(self, concept: Concept) -> Mapping[str, Any]:
+        """All that determines the latents, beside the model; JSON-able, and cheap to ask for."""
 
     @abstractmethod
     def latents(self, model: DiffusionModel, concept: Concept) -> Tensor:
-        """Scaled latents (R, C, h, w) on the model's device, in its dtype. UserError as above."""
+        """Scaled latents (R, C, h, w) on the model's device, in its dtype."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +47,9 @@ class LatentFile(References):
 
     path: Path
 
-    def describe(self, concept: Concept) -> Mapping[str, Any]:
-        latents = self._read(concept)
-        return {"source": "latent_file", "sha256": tensors_digest([(concept.name, latents)])}
+    def settings(self, concept: Concept) -> Mapping[str, Any]:
+        digest = tensors_digest([(concept.name, self._read(concept))])
+        return {"source": "latent_file", "sha256": digest}
 
     def latents(self, model: DiffusionModel, concept: Concept) -> Tensor:
         latents = self._read(concept)
@@ -63,23 +61,16 @@ class LatentFile(References):
         return latents.to(model.device, model.dtype)
 
     def _read(self, concept: Concept) -> Tensor:
-        path = Path(self.path)
-        if not path.is_file():
-            raise UserError(
-                f"edit.references.path={path} is not there; it holds reference latents."
-            )
         try:
-            with safe_open(path, framework="pt") as file:
-                names = sorted(file.keys())
-                if concept.name not in names:
-                    raise UserError(
-                        f"concept={concept.name} has no reference latents in {path}; "
-                        f"there are: {', '.join(names)}."
-                    )
-                latents: Tensor = file.get_tensor(concept.name)
-                return latents
-        except SafetensorError as error:
-            raise UserError(f"edit.references.path={path} cannot be read: {error}.") from error
+            found = load_file(self.path)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"edit.references.path={self.path} cannot be read: {error}.") from error
+        if concept.name not in found:
+            raise UserError(
+                f"concept={concept.name} has no reference latents in {self.path}; "
+                f"there are: {', '.join(sorted(found))}."
+            )
+        return found[concept.name]
 
 
 @dataclass(frozen=True)
@@ -92,8 +83,8 @@ class ImageFolder(References):
     path: Path
     count: int = 5  # per class; PROTOCOL: 5
 
-    def describe(self, concept: Concept) -> Mapping[str, Any]:
-        hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in self._files(concept)]
+    def settings(self, concept: Concept) -> Mapping[str, Any]:
+        hashes = [file_digest(path) for path in self._files(concept)]
         return {"source": "image_folder", "sha256": hashes}
 
     def latents(self, model: DiffusionModel, concept: Concept) -> Tensor:
@@ -113,7 +104,7 @@ class ImageFolder(References):
 
 @dataclass(frozen=True)
 class GeneratedImages(References):
-    """What the unedited model draws for the concept's prompt; another `seed`, other images."""
+    """Images that the unedited model draws for the concept's prompt, other ones for each `seed`."""
 
     count: int = 5
     steps: int = 50
@@ -121,17 +112,16 @@ class GeneratedImages(References):
     seed: int = 0
     kind: str = "default"  # of `DiffusionModel.sampler`: "default" | "ddim"
 
-    def describe(self, concept: Concept) -> Mapping[str, Any]:
+    def settings(self, concept: Concept) -> Mapping[str, Any]:
         return {"source": "generated", "prompt": concept.prompt, **asdict(self)}
 
     def latents(self, model: DiffusionModel, concept: Concept) -> Tensor:
         c = model.encode_prompts([concept.prompt]).expand(self.count)
-        unconditional = model.encode_prompts([""]).expand(self.count)
+        empty = model.encode_prompts([""]).expand(self.count)
         sampler = model.sampler(self.steps, self.kind)
         # A salt of its own for each seed: consecutive seeds would share all images but one.
         generators = make_generators(range(self.count), salt=f"references-{self.seed}")
-        every_step = len(sampler.timesteps)
-        return walk(model, sampler, generators, c, unconditional, self.guidance, every_step)
+        return walk(model, sampler, generators, c, empty, self.guidance, len(sampler.timesteps))
 
 
 def read_image(path: Path, resolution: int) -> Tensor:

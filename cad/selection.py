@@ -16,23 +16,23 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from cad.checks import one_of, ratio
 from cad.errors import UserError
+from cad.identity import Identified
 
 PER = ("row", "layer", "model")
 
 
 @dataclass(frozen=True)
-class Selection:
+class Selection(Identified):
     """The share of components to choose. UserError for a ratio outside (0, 1] or another `per`."""
 
     ratio: float  # of each row or layer, or of the whole group
     per: str = "row"  # "row" | "layer" | "model"
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.ratio <= 1.0:
-            raise UserError(f"ratio.value={self.ratio} is not allowed; a ratio lies in (0, 1].")
-        if self.per not in PER:
-            raise UserError(f"ratio.per={self.per!r} is unknown; allowed: {', '.join(PER)}.")
+        ratio("ratio.value", self.ratio)
+        one_of(PER)("ratio.per", self.per)
 
     def budget(self, width: int) -> int:
         """k = floor(ratio * width), with the ratio as it is written."""
@@ -65,7 +65,7 @@ class Selection:
         return {name: indices for name, indices in found.items() if indices.numel()}
 
     def _rankings(self, score: Tensor) -> Tensor:
-        """What competes for one budget, a ranking per row: (out, in) or (1, out * in)."""
+        """Rows whose scores compete for one budget: (out, in), or (1, out * in)."""
         return score if self.per == "row" else score.reshape(1, -1)
 
 

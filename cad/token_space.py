@@ -1,4 +1,4 @@
-"""Prompts as the tokens and token embeddings of one text encoder, for who looks for prompts.
+"""Prompts as tokens and token embeddings of one text encoder, for attacks that search for prompts.
 
 A text is <start> tokens <end> padding, L positions. Whatever the padding is (the end token again in
 SD 1.x, "!" in SD 2.x), it follows the first end token, and the encoder's mask is causal.
@@ -6,16 +6,14 @@ SD 1.x, "!" in SD 2.x), it follows the first end token, and the encoder's mask i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cad.errors import UserError
-from cad.models.base import Conditioning
-from cad.models.pipeline import TextEncoder, visiting
+from cad.models.conditioning import Conditioning, TextEncoder, visiting
 
 FIRST = 1  # the position after the start token
 
@@ -29,9 +27,7 @@ class TokenSpace:
 
     def __init__(self, name: str, text: TextEncoder, device: torch.device) -> None:
         """`name` is the model's, for messages; `device` is where the network works."""
-        self._name = name
-        self._text = text
-        self._device = device
+        self._name, self._text, self._device = name, text, device
         special = set(text.tokenizer.all_special_ids)
         self.length = text.max_tokens  # L, with the tokens that start and end a text
         # (U,) ids that an adversarial prompt may hold: no start, end or padding.
@@ -58,48 +54,51 @@ class TokenSpace:
                 f"{count} adversarial tokens are not allowed: the text encoder of model="
                 f"{self._name} takes 1 to {self.length - 2} beside start and end."
             )
-        if not truncate:
-            self._check_room(prompts, count)
+        for prompt in () if truncate else prompts:
+            length = self._text.count(prompt)
+            if length + count > self.length:
+                raise UserError(
+                    f"the prompt {prompt!r} has {length} tokens and leaves no room for {count} "
+                    f"more: the text encoder of model={self._name} takes {self.length}, with start "
+                    "and end. Shorten it, or use fewer adversarial tokens."
+                )
         ids = self.ids(prompts)  # (N, L)
         places = self.usable[:1].expand(len(ids), count)
         longer = torch.cat([ids[:, :FIRST], places, ids[:, FIRST:]], dim=1)  # (N, L + count)
         cut = longer[:, : self.length].clone()  # (N, L)
         end = self._text.tokenizer.eos_token_id
-        endless = ~(cut == end).any(dim=1)  # (N,)
-        cut[endless, -1] = end
+        cut[~(cut == end).any(dim=1), -1] = end
         return cut
 
     @torch.no_grad()
     def encode_ids(self, ids: Tensor) -> Conditioning:
-        """The conditioning of (N, L) ids, without gradient.
-
-        Of the ids of a text it is what `DiffusionModel.encode_prompts` gives.
-        """
+        """The conditioning of (N, L) ids, without gradient, as `DiffusionModel.encode_prompts`."""
         return self._encoded(ids)
 
     def encode(self, ids: Tensor, embeddings: Tensor, position: int = FIRST) -> Conditioning:
         """The conditioning of (N, L) ids with `embeddings` (N, k, D) in place of k tokens.
 
         They take the places from `position` on. Differentiable in them. A model that is offloaded
-        needs a `DiffusionModel.encoding` block around this and the backward pass. Raises ValueError
-        where the embeddings do not fit between the start token and the end of the sequence.
+        needs a `DiffusionModel.encoding` block around this and the backward pass.
         """
-        k = embeddings.shape[1]
-        if len(embeddings) != len(ids) or not FIRST <= position <= self.length - k:
-            raise ValueError(
-                f"{tuple(embeddings.shape)} embeddings from position {position} on do not fit "
-                f"ids {tuple(ids.shape)}"
-            )
-        with _replaced(self._table, embeddings, position):
+        after = position + embeddings.shape[1]
+
+        def replace(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+            given = embeddings.to(output.device, output.dtype)
+            return torch.cat([output[:, :position], given, output[:, after:]], dim=1)  # (N, L, D)
+
+        handle = self._table.register_forward_hook(replace)
+        try:
             return self._encoded(ids)
+        finally:
+            handle.remove()
 
     def decode(self, ids: Tensor) -> list[str]:
         """The texts of (N, any length) ids, each up to its end token, without special tokens."""
         tokenizer = self._text.tokenizer
-        return [
-            str(tokenizer.decode(self._until_end(row), skip_special_tokens=True))
-            for row in ids.tolist()
-        ]
+        end = tokenizer.eos_token_id
+        rows = [row[: [*row, end].index(end)] for row in ids.tolist()]
+        return [str(tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
 
     @property
     def _table(self) -> Any:
@@ -109,33 +108,3 @@ class TokenSpace:
         with visiting(self._text.network, self._device):
             states = self._text.network(ids.to(self._device)).last_hidden_state  # (N, L, D)
         return Conditioning({"states": states})
-
-    def _until_end(self, row: list[int]) -> list[int]:
-        end = self._text.tokenizer.eos_token_id
-        return row[: row.index(end)] if end in row else row
-
-    def _check_room(self, prompts: Sequence[str], count: int) -> None:
-        for prompt in prompts:
-            length = self._text.count(prompt)
-            if length + count > self.length:
-                raise UserError(
-                    f"the prompt {prompt!r} has {length} tokens and leaves no room for {count} "
-                    f"more: the text encoder of model={self._name} takes {self.length}, with start "
-                    "and end. Shorten it, or use fewer adversarial tokens."
-                )
-
-
-@contextmanager
-def _replaced(table: nn.Module, embeddings: Tensor, position: int) -> Iterator[None]:
-    """Inside the block the embedding layer gives `embeddings` (N, k, D) from `position` on."""
-
-    def replace(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-        after = position + embeddings.shape[1]
-        given = embeddings.to(output.device, output.dtype)
-        return torch.cat([output[:, :position], given, output[:, after:]], dim=1)  # (N, L, D)
-
-    handle = table.register_forward_hook(replace)
-    try:
-        yield
-    finally:
-        handle.remove()

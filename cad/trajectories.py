@@ -8,18 +8,19 @@ every step (eta = 1) and several samples make up for at a fraction of the cost.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from cad.errors import UserError
-from cad.models.base import Conditioning, DiffusionModel
+from cad.checks import check, finite, one_of, optional, share, whole
+from cad.models.base import DiffusionModel
+from cad.models.conditioning import Conditioning
 from cad.sampling import draw_noise, guide, make_generators, walk
 
 TRAJECTORIES = ("shared", "restart")
+KEYS = "edit.attribution"  # where the configuration has these settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,20 +40,8 @@ class NoisePlan:
     batch_size: int = 16  # samples evaluated at once
 
     def __post_init__(self) -> None:
-        for key in ("steps", "samples", "batch_size"):
-            if getattr(self, key) < 1:
-                raise UserError(
-                    f"edit.attribution.{key}={getattr(self, key)}: at least 1 is needed."
-                )
-        if self.trajectory not in TRAJECTORIES:
-            raise UserError(
-                f"edit.attribution.trajectory={self.trajectory!r} is unknown; "
-                f"allowed: {', '.join(TRAJECTORIES)}."
-            )
-        if self.eta is not None and not 0.0 <= self.eta <= 1.0:
-            raise UserError(f"edit.attribution.eta={self.eta} is not allowed; it lies in [0, 1].")
-        if not math.isfinite(self.guidance):
-            raise UserError(f"edit.attribution.guidance={self.guidance} is not a finite number.")
+        check(self, KEYS, steps=whole(1), samples=whole(1), batch_size=whole(1), guidance=finite)
+        check(self, KEYS, eta=optional(share), trajectory=one_of(TRAJECTORIES))
 
     def batches(self, total: int) -> list[range]:
         """0 .. total - 1 in batches of at most `batch_size`."""
@@ -78,47 +67,39 @@ def visits(
     c and unconditional (1, ...). The caller's gradient mode decides whether predictions carry
     their graph; take what is needed from one visit before asking for the next.
     """
-    trajectory = _shared if plan.trajectory == "shared" else _restarted
+    walked = _shared if plan.trajectory == "shared" else _restarted
     for samples in plan.batches(plan.samples):
-        n = len(samples)
-        yield from trajectory(model, plan, samples, c.expand(n), unconditional.expand(n))
+        prompts = c.expand(len(samples)), unconditional.expand(len(samples))
+        yield from walked(model, plan, samples, *prompts)
 
 
 def _shared(
-    model: DiffusionModel,
-    plan: NoisePlan,
-    samples: Sequence[int],
-    c: Conditioning,
-    unconditional: Conditioning,
+    model: DiffusionModel, plan: NoisePlan, samples: range, c: Conditioning, empty: Conditioning
 ) -> Iterator[Visit]:
     sampler = model.sampler(plan.steps, "ddim", plan.eta)
     generators = make_generators(samples, salt=f"attribution-{plan.seed}")
     x_t = draw_noise(model, generators) * sampler.init_sigma  # (N, C, h, w)
     for t in sampler.timesteps:
-        visit = _visit(model, sampler.scale(x_t, t), t, c, unconditional)
+        visit = _visit(model, sampler.scale(x_t, t), t, c, empty)
         yield visit
         guided = guide(visit.unconditional, visit.conditional.detach(), plan.guidance)
         x_t = sampler.step(guided, t, x_t, generators)
 
 
 def _restarted(
-    model: DiffusionModel,
-    plan: NoisePlan,
-    samples: Sequence[int],
-    c: Conditioning,
-    unconditional: Conditioning,
+    model: DiffusionModel, plan: NoisePlan, samples: range, c: Conditioning, empty: Conditioning
 ) -> Iterator[Visit]:
     for index in range(plan.steps):
         sampler = model.sampler(plan.steps, "ddim", plan.eta)
         generators = make_generators(samples, salt=f"attribution-{plan.seed}-{index}")
-        x_t = walk(model, sampler, generators, c, unconditional, plan.guidance, steps=index)
+        x_t = walk(model, sampler, generators, c, empty, plan.guidance, steps=index)
         t = sampler.timesteps[index]
-        yield _visit(model, sampler.scale(x_t, t), t, c, unconditional)
+        yield _visit(model, sampler.scale(x_t, t), t, c, empty)
 
 
 def _visit(
-    model: DiffusionModel, x_t: Tensor, t: Tensor, c: Conditioning, unconditional: Conditioning
+    model: DiffusionModel, x_t: Tensor, t: Tensor, c: Conditioning, empty: Conditioning
 ) -> Visit:
     with torch.no_grad():
-        phi_u = model.predict(x_t, t, unconditional)
+        phi_u = model.predict(x_t, t, empty)
     return Visit(x_t, t, phi_u, model.predict(x_t, t, c))

@@ -1,83 +1,46 @@
 """An image set: a folder of PNGs with one checked record each.
 
 The folder `<root>/<key>/` holds `set.json` (everything the key is the hash of), `000000.png`,
-`000001.png`, ... in the order of the prompts, and `records.jsonl` (index, prompt, seed, guidance
-and size where the prompt has its own, the PNG's SHA-256, and whether all values were finite before
-they became pixels). A file counts as present only if a record of the same prompt and seed names its
-hash. Groups are not part of a set: they are how a caller sorts its prompts.
+`000001.png`, ... in the order of the prompts, and `records.jsonl` (`ImageSet.record`). A file
+counts as present only if a record of the same prompt and seed names its hash.
 
-Shards of a set work side by side, on one machine or on several that share the folder or have their
-folders copied together: each has its own records (`records-0-of-4.jsonl`), which become part of
-`records.jsonl` once all images are there.
+`ImageWriter` works on background threads while the next batch is sampled: a PNG is flushed to disk
+and renamed into place before its record is appended, so a process killed at any point leaves at
+most one unrecorded PNG.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
 import json
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+import os
+from collections import defaultdict, deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Self
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
-from cad import locks
-from cad.errors import UserError
-from evaluation.files import write_atomically
+from cad.files import write_atomically, writing_results
+from evaluation.pixels import Pixels
 from evaluation.prompts import Prompt
+from evaluation.sampler import Finite
 
 RECORDS_FILE = "records.jsonl"
-SHARD_RECORDS = "records-*.jsonl"
-LOCK_FILE = ".lock"
-SHARD_LOCKS = ".lock-*"
 TEMPORARY_FILES = ".*.tmp"  # what `atomic_path` leaves behind in a killed process
+ENCODERS = 4  # threads that compress
+BATCHES_IN_FLIGHT = 2  # bounds the memory when the disk is slower than the model
 
-T = TypeVar("T")
+ImageRecord = dict[str, Any]
+"""A line of `records.jsonl`."""
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Part `index`, counted from 0, of `count` parts of a set's batches; by default all of it."""
-
-    index: int = 0
-    count: int = 1
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.index < self.count:
-            raise UserError(
-                f"shard {self.index} of {self.count} does not exist: shards are counted from 0, so "
-                f"allowed are 0 to {self.count - 1} of {self.count}"
-            )
-
-    @property
-    def is_whole(self) -> bool:
-        return self.count == 1
-
-    @property
-    def records_file(self) -> str:
-        return RECORDS_FILE if self.is_whole else f"records-{self.index}-of-{self.count}.jsonl"
-
-    def take(self, batches: Sequence[T]) -> list[T]:
-        """Every `count`th batch, so that shards are of one size whatever the order of the set."""
-        return list(batches[self.index :: self.count])
-
-
-WHOLE = Shard()
-
-
-@dataclass(frozen=True)
-class Written:
-    """What is recorded of an image on disk."""
-
-    sha256: str  # of the PNG
-    finite: bool  # whether all values were, before they became pixels
 
 
 @dataclass(frozen=True)
@@ -90,7 +53,7 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def __iter__(self) -> Iterator[tuple[Prompt, NDArray[np.uint8]]]:
+    def __iter__(self) -> Iterator[tuple[Prompt, Pixels]]:
         """Each prompt with its image, uint8 (H, W, 3) RGB, read when asked for."""
         for index, prompt in enumerate(self.prompts):
             yield prompt, self.read(index)
@@ -98,30 +61,14 @@ class ImageSet:
     def path(self, index: int) -> Path:
         return self.folder / f"{index:06d}.png"
 
-    def read(self, index: int) -> NDArray[np.uint8]:
+    def read(self, index: int) -> Pixels:
         """Image `index`, uint8 (H, W, 3) RGB. Raises OSError for a missing or damaged file."""
         with Image.open(self.path(index)) as image:
             return np.asarray(image.convert("RGB"))
 
-    def broken(self) -> int:
-        """How many images had values that were not finite, by their records."""
-        return sum(not written.finite for written in _read_records(self).values())
-
-    def absent(self) -> set[int]:
-        """The images that have no file: those of shards that were not run yet."""
-        there = {path.name for path in self.folder.glob("*.png")}  # one request to a file server
-        return {index for index in range(len(self)) if self.path(index).name not in there}
-
-    def missing(self) -> int:
-        """How many images have no file."""
-        return len(self.absent())
-
-    def batches(self, size: int) -> Iterator[tuple[Sequence[Prompt], NDArray[np.uint8]]]:
-        """The set in order, in pieces: prompts and their images, uint8 (N, H, W, 3) RGB.
-
-        A piece has up to `size` images, all of one height and width.
-        """
-        start, images = 0, list[NDArray[np.uint8]]()
+    def batches(self, size: int) -> Iterator[tuple[Sequence[Prompt], Pixels]]:
+        """The set in pieces of up to `size` prompts and images, (N, H, W, 3), of one H and W."""
+        start, images = 0, list[Pixels]()
         for index in range(len(self)):
             image = self.read(index)
             if images and (len(images) == size or image.shape != images[0].shape):
@@ -131,126 +78,131 @@ class ImageSet:
         if images:
             yield self.prompts[start:], np.stack(images)  # (N, H, W, 3)
 
+    def broken(self) -> int:
+        """How many images had values that were not finite, by their records."""
+        return sum(not record["finite"] for record in _read_records(self).values())
 
-@contextmanager
-def locked(images: ImageSet, shard: Shard) -> Iterator[None]:
-    """Hold a set alone, or a shard of it beside others; waits for whoever holds it.
+    def record(self, index: int, sha256: str, finite: bool) -> ImageRecord:
+        """What is kept of an image: prompt, hash of its PNG, and whether its values were finite."""
+        prompt = self.prompts[index]
+        asked = {"index": index, "prompt": prompt.text, "seed": prompt.seed}
+        return asked | prompt.own_settings() | {"sha256": sha256, "finite": finite}
 
-    The locks go with the process, however that ends (`cad.locks`).
+
+def verify(images: ImageSet) -> dict[int, ImageRecord]:
+    """Read every file; returns, by index, the records that vouch for one.
+
+    Damaged and unrecorded files and the left-overs of a killed writer are deleted, and the records
+    are rewritten to what is left.
     """
-    held = f"another process is making {images.folder}"
-    with locks.locked(images.folder / LOCK_FILE, held, shared=not shard.is_whole):
-        if shard.is_whole:
-            yield
-            return
-        with locks.locked(images.folder / f".lock-{shard.index}-of-{shard.count}", held):
-            yield
-
-
-def join_shards(images: ImageSet) -> None:
-    """Make one set of its shards' work: verify all, one `records.jsonl`, no shard's file left.
-
-    Does nothing while an image is missing or anybody is at work on the set; as every shard calls
-    this when it is done, the last one finds neither.
-    """
-    if images.missing():
-        return
-    with locks.locked_if_free(images.folder / LOCK_FILE) as alone:
-        if alone:
-            verify(images)
-
-
-def record_line(index: int, prompt: Prompt, written: Written) -> str:
-    """The line of `records.jsonl` for an image."""
-    asked = {"prompt": prompt.text, "seed": prompt.seed, **prompt.own_settings()}
-    return json.dumps({"index": index} | asked | asdict(written), ensure_ascii=False) + "\n"
-
-
-def verify(
-    images: ImageSet, indices: Collection[int] | None = None, shard: Shard = WHOLE
-) -> dict[int, Written]:
-    """Read the files of `indices` (None: all); returns, by index, the records that vouch for them.
-
-    Damaged and unrecorded files and left-overs of a killed writer are deleted, and the shard's
-    records are rewritten to what is left; for the whole set, what its shards recorded goes in. The
-    log names what was deleted or is gone.
-    """
-    if indices is None:
-        indices = range(len(images))
     recorded = _read_records(images)
-    known = {index for index, _ in recorded}
-    present: dict[int, Written] = {}
-    lost: list[int] = []
-    damaged: list[int] = []
-    unrecorded: list[int] = []
-    for index in indices:
-        path = images.path(index)
+    present: dict[int, ImageRecord] = {}
+    found = defaultdict[str, list[str]](list)
+    for index in range(len(images)):
+        path, record = images.path(index), recorded.get(index)
         if not path.exists():
-            lost += [index] if index in known else []
-            continue
-        written = recorded.get((index, hashlib.sha256(path.read_bytes()).hexdigest()))
-        if written is not None:
-            present[index] = written
+            if record is not None:
+                found["is recorded but gone"].append(path.name)
+        elif record is None:
+            found["was written but not recorded"].append(path.name)
+        elif record["sha256"] != hashlib.sha256(path.read_bytes()).hexdigest():
+            found["differs from its recorded SHA-256"].append(path.name)
         else:
-            (damaged if index in known else unrecorded).append(index)
-            path.unlink()
-    write_records(images, present, shard)
-    _clean(images, indices, shard)
-    for found, reason in (
-        (lost, "is recorded but gone"),
-        (damaged, "differs from its recorded SHA-256"),
-        (unrecorded, "was written but not recorded"),
-    ):
-        if found:
-            names = ", ".join(images.path(index).name for index in found[:5])
-            more = f" and {len(found) - 5} more" if len(found) > 5 else ""
-            logger.warning("%s: %s%s %s; to be made again", images.folder, names, more, reason)
+            present[index] = record
+    _write_records(images, present)
+    leftovers = [images.path(index) for index in range(len(images)) if index not in present]
+    for path in (*leftovers, *images.folder.glob(TEMPORARY_FILES)):
+        path.unlink(missing_ok=True)
+    for reason, names in found.items():
+        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")
+        logger.warning("%s: %s %s; to be made again", images.folder, shown, reason)
     return present
 
 
-def write_records(images: ImageSet, written: Mapping[int, Written], shard: Shard = WHOLE) -> None:
-    """Make a shard's records those of `written` in order of index, unless they already are."""
-    path = images.folder / shard.records_file
-    text = "".join(
-        record_line(index, images.prompts[index], written[index]) for index in sorted(written)
-    )
+def _write_records(images: ImageSet, records: Mapping[int, ImageRecord]) -> None:
+    """Make `records.jsonl` these, in order of index, unless it already is."""
+    lines = (_line(records[index]) for index in sorted(records))
+    replace_if_other(images.folder / RECORDS_FILE, "".join(lines))
+
+
+def _line(record: ImageRecord) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def replace_if_other(path: Path, text: str) -> None:
+    """Make the file hold `text`, atomically, unless it already does. UserError on a full disk."""
     data = text.encode("utf-8")
     if not path.exists() or path.read_bytes() != data:
-        write_atomically(path, data)
+        with writing_results(path.parent):
+            write_atomically(path, data)
 
 
-def _clean(images: ImageSet, indices: Collection[int], shard: Shard) -> None:
-    """Delete half-written files of `indices`; of the whole set also what its shards left."""
-    own = {images.path(index).name for index in indices} | {shard.records_file}
-    for partial in images.folder.glob(TEMPORARY_FILES):
-        if shard.is_whole or partial.name[1:].rsplit(".", 2)[0] in own:
-            partial.unlink()
-    if shard.is_whole:
-        for pattern in (SHARD_RECORDS, SHARD_LOCKS):
-            for path in images.folder.glob(pattern):
-                path.unlink()
-
-
-def _read_records(images: ImageSet) -> dict[tuple[int, str], Written]:
-    """The records of all shards that fit the set, by index and SHA-256; a torn line does not."""
-    recorded: dict[tuple[int, str], Written] = {}
-    for path in (images.folder / RECORDS_FILE, *sorted(images.folder.glob(SHARD_RECORDS))):
-        for line in _text(path).split("\n"):
-            try:
-                record = json.loads(line)
-                index = int(record["index"])
-                written = Written(str(record["sha256"]), bool(record["finite"]))
-                fits = line + "\n" == record_line(index, images.prompts[index], written)
-            except (json.JSONDecodeError, KeyError, TypeError, ValueError, IndexError):
-                fits = False
-            if fits:
-                recorded[index, written.sha256] = written
+def _read_records(images: ImageSet) -> dict[int, ImageRecord]:
+    """The records that fit the set, by index; a torn line does not."""
+    path = images.folder / RECORDS_FILE
+    recorded: dict[int, ImageRecord] = {}
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.split("\n"):
+        try:
+            told = json.loads(line)
+            record = images.record(told["index"], told["sha256"], told["finite"])
+            if line + "\n" == _line(record):
+                recorded[told["index"]] = record
+        except (ValueError, TypeError, LookupError):
+            continue
     return recorded
 
 
-def _text(path: Path) -> str:
-    """A file's text; "" for none, which a shard's records become when the set is made one."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        return ""
+class ImageWriter:
+    """Context manager; `put` batches of images, leave the block to wait for the last of them.
+
+    `records`, those that `verify` found, grows by each image's as it is safe. A failed write raises
+    UserError from the next `put` or at the end of the block.
+    """
+
+    def __init__(self, images: ImageSet, records: Mapping[int, ImageRecord]) -> None:
+        self.images = images
+        self.records = dict(records)
+        self._pending: deque[Future[None]] = deque()
+
+    def __enter__(self) -> Self:
+        # Unbuffered: after a failed write nothing is left that closing would write again.
+        self._file = (self.images.folder / RECORDS_FILE).open("ab", buffering=0)
+        self._encoders = ThreadPoolExecutor(ENCODERS, thread_name_prefix="image-encoder")
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="image-writer")
+        return self
+
+    def put(self, indices: Sequence[int], pixels: Pixels, finite: Finite) -> None:
+        """Queue images, uint8 (N, H, W, 3); waits while BATCHES_IN_FLIGHT are unwritten."""
+        while len(self._pending) >= BATCHES_IN_FLIGHT:
+            self._pending.popleft().result()
+        self._pending.append(self._writer.submit(self._write, indices, pixels, finite))
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self._writer.shutdown(wait=True)
+        self._encoders.shutdown(wait=True)
+        self._file.close()
+        if kind is None:
+            for future in self._pending:
+                future.result()
+            _write_records(self.images, self.records)
+
+    def _write(self, indices: Sequence[int], pixels: Pixels, finite: Finite) -> None:
+        with writing_results(self.images.folder):
+            encoded = self._encoders.map(_png, pixels)
+            for index, data, whole in zip(indices, encoded, finite.tolist(), strict=True):
+                write_atomically(self.images.path(index), data)
+                record = self.images.record(index, hashlib.sha256(data).hexdigest(), whole)
+                self._append(_line(record).encode("utf-8"))
+                self.records[index] = record
+            os.fsync(self._file.fileno())
+
+    def _append(self, line: bytes) -> None:
+        if self._file.write(line) < len(line):  # a disk takes what fits before it says it is full
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _png(image: Pixels) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG")
+    return buffer.getvalue()

@@ -5,11 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-
-from evaluation.detection import EXPLICIT_LABELS, Box, Detector, check_labels
-from evaluation.evaluators.base import require_uint8
+from evaluation.detection import EXPLICIT_LABELS, Box, check_labels, detect
+from evaluation.pixels import Pixels, require_uint8
 
 COLOUR = 128  # grey level of a mask
 MARGIN = 0.1  # of a box's width and height, added on each side
@@ -26,15 +23,13 @@ class Masker:
     def __init__(self, labels: Sequence[str] = EXPLICIT_LABELS) -> None:
         check_labels(labels, "labels")
         self._labels = frozenset(labels)
-        self._detector = Detector()
 
-    def __call__(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    def __call__(self, image: Pixels) -> Pixels:
         """A masked copy of an image, uint8 (H, W, 3) RGB, best at the size it was made in."""
-        found = self._detector.detect(image)
-        return mask_boxes(image, [part.box for part in found if part.label in self._labels])
+        return mask_boxes(image, [x.box for x in detect(image) if x.label in self._labels])
 
 
-def mask_boxes(image: NDArray[np.uint8], boxes: Sequence[Box]) -> NDArray[np.uint8]:
+def mask_boxes(image: Pixels, boxes: Sequence[Box]) -> Pixels:
     """A copy of `image`, uint8 (H, W, 3), its `boxes` covered in plain grey, which hides all.
 
     Each box is enlarged by MARGIN and ROUNDING and cut at the image's edge. Raises TypeError for

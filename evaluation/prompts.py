@@ -1,9 +1,8 @@
 """Which images are asked for: prompts with their seeds, built from templates.
 
-A prompt set is a plug-in: it has a name and builds a list of `Prompt`. Published sets come as files
-(`evaluation.prompt_files`), under the same contract. Within a template set, prompts go round the
-groups (first image of every group, second image of every group, ...), so a set with more images of
-each group starts with the smaller set, and any prefix covers the groups evenly.
+Published sets come as files (`evaluation.prompt_files`). Within a template set, prompts go round
+the groups (first image of every group, second image of every group, ...), so a set with more images
+of each group starts with the smaller set, and any prefix covers the groups evenly.
 """
 
 from __future__ import annotations
@@ -15,12 +14,13 @@ from dataclasses import dataclass
 from string import Formatter
 from typing import Any
 
+from cad.checks import whole
 from cad.concepts import with_article
 from cad.errors import UserError
+from cad.identity import Identified
 
 OBJECT_TEMPLATE = "an image of {subject}"
 STYLE_TEMPLATE = "an image of {subject} in the style of {style}"
-SEED_BITS = 31
 
 
 @dataclass(frozen=True)
@@ -36,15 +36,12 @@ class Prompt:
     id: str | None = None  # what the set's source calls it, such as COCO's image_id
 
     def own_settings(self) -> dict[str, Any]:
-        """What this image asks for beside text and seed, as JSON data; {} where it asks nothing."""
-        wanted = {
-            "guidance": None if self.guidance is None else float(self.guidance),
-            "size": None if self.size is None else list(self.size),
-        }
-        return {name: value for name, value in wanted.items() if value is not None}
+        """The image's own guidance and size, as JSON data; {} where it asks for neither."""
+        guidance = {} if self.guidance is None else {"guidance": float(self.guidance)}
+        return guidance | ({} if self.size is None else {"size": list(self.size)})
 
 
-class PromptSet(ABC):
+class PromptSet(Identified, ABC):
     """A named source of prompts. `build` is deterministic and returns at least one prompt."""
 
     name: str
@@ -52,6 +49,11 @@ class PromptSet(ABC):
     @abstractmethod
     def build(self) -> list[Prompt]:
         """All prompts of the set, in its fixed order."""
+
+    def settings(self) -> dict[str, Any]:
+        """As of every dataclass, but mappings keep their order: prompts go round them."""
+        mappings = {k: in_order(v) for k, v in vars(self).items() if isinstance(v, Mapping)}
+        return super().settings() | mappings
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class ObjectPrompts(PromptSet):
 
     def __post_init__(self) -> None:
         _check_names(self.subjects, "prompts.subjects")
-        _check_count(self.images_per_class)
+        whole(1)("images_per_class", self.images_per_class)
         _check_template(self.template, {"subject"})
 
     def build(self) -> list[Prompt]:
@@ -102,16 +104,14 @@ class StylePrompts(PromptSet):
     def __post_init__(self) -> None:
         _check_names(self.styles, "prompts.styles")
         _check_names(self.subjects, "prompts.subjects")
-        _check_count(self.images_per_class)
+        whole(1)("images_per_class", self.images_per_class)
         _check_template(self.template, {"subject", "style"})
 
     def build(self) -> list[Prompt]:
-        subjects = list(self.subjects.values())
+        subjects = [with_article(subject) for subject in self.subjects.values()]
         return [
             Prompt(
-                text=self.template.format(
-                    subject=with_article(subjects[index % len(subjects)]), style=text
-                ),
+                text=self.template.format(subject=subjects[index % len(subjects)], style=text),
                 seed=derive_seed(self.seed, name, index),
                 group=name,
             )
@@ -126,8 +126,7 @@ class CaptionPrompts(PromptSet):
 
     Caption i is of subject i mod S; subject by subject, in turns, it is plain ("a photo of a
     church") or in a style ("an image of a church in the style of pop art"), and goes round the
-    styles and the wordings. A larger set starts with the smaller one. `subjects` and `styles` are
-    {name: text}; without styles all captions are plain.
+    styles and the wordings. `subjects` and `styles` are {name: text}.
     """
 
     subjects: Mapping[str, str]
@@ -140,15 +139,11 @@ class CaptionPrompts(PromptSet):
 
     def __post_init__(self) -> None:
         _check_names(self.subjects, "prompts.subjects")
-        if self.styles:
-            _check_names(self.styles, "prompts.styles")
-        if not self.templates:
-            raise UserError("prompts.templates is empty; it lists wordings: [a photo of {subject}]")
-        for template in self.templates:
+        _check_names(self.styles, "prompts.styles")
+        for template in self.templates or [""]:
             _check_template(template, {"subject"}, "prompts.templates")
         _check_template(self.style_suffix, {"style"}, "prompts.style_suffix")
-        if self.count < 1:
-            raise UserError(f"prompts.count={self.count} must be at least 1")
+        whole(1)("prompts.count", self.count)
 
     def build(self) -> list[Prompt]:
         return [
@@ -158,13 +153,11 @@ class CaptionPrompts(PromptSet):
 
     def _caption(self, index: int) -> str:
         turn, subject = divmod(index, len(self.subjects))
-        styled = bool(self.styles) and (turn + subject) % 2 == 1
         # Of this subject the nth plain or the nth styled caption; n goes through all pairs.
-        n = turn // 2 if self.styles else turn
-        cycle, style = divmod(n, max(len(self.styles), 1))
+        cycle, style = divmod(turn // 2, len(self.styles))
         template = self.templates[(cycle + style) % len(self.templates)]
         text = template.format(subject=with_article(list(self.subjects.values())[subject]))
-        if not styled:
+        if (turn + subject) % 2 == 0:
             return text
         # Offset by the subject, so that one turn of all subjects shows all styles.
         chosen = list(self.styles.values())[(style + subject) % len(self.styles)]
@@ -174,35 +167,32 @@ class CaptionPrompts(PromptSet):
 def build_prompts(prompt_set: PromptSet) -> list[Prompt]:
     """The set's prompts. UserError if there are none or one is empty."""
     prompts = prompt_set.build()
-    for index, prompt in enumerate(prompts):
-        if not prompt.text.strip():
-            raise UserError(f"prompt {index} of the set {prompt_set.name!r} is empty")
-    if not prompts:
-        raise UserError(f"the prompt set {prompt_set.name!r} has no prompts")
+    if not prompts or not all(prompt.text.strip() for prompt in prompts):
+        raise UserError(f"the prompt set {prompt_set.name!r} has no prompts, or an empty one")
     return prompts
 
 
 def derive_seed(seed: int, group: str, index: int) -> int:
     """An image's own seed, in [0, 2^31): a hash of (seed, group, index) and of nothing else."""
     digest = hashlib.sha256(f"{seed}/{group}/{index}".encode()).digest()
-    return int.from_bytes(digest[:4], "big") >> (32 - SEED_BITS)
+    return int.from_bytes(digest[:4], "big") >> 1
+
+
+def in_order(names: Mapping[str, str]) -> list[list[str]]:
+    """A mapping as JSON data that keeps its order, which hashes of objects do not."""
+    return [[str(name), text] for name, text in names.items()]
 
 
 def _check_names(names: Mapping[str, str], key: str) -> None:
-    if not names:
-        raise UserError(f"{key} is empty; it maps names to texts, such as church: church")
-    for name, text in names.items():
-        if not text.strip():
-            raise UserError(f"{key}.{name} has an empty text")
-
-
-def _check_count(images_per_class: int) -> None:
-    if images_per_class < 1:
-        raise UserError(f"images_per_class={images_per_class} must be at least 1")
+    if not names or not all(text.strip() for text in names.values()):
+        raise UserError(f"{key}={dict(names)} must map names to texts, such as church: church")
 
 
 def _check_template(template: str, fields: set[str], key: str = "prompts.template") -> None:
-    found = {field for _, field, _, _ in Formatter().parse(template) if field is not None}
+    try:
+        found = {field for _, field, _, _ in Formatter().parse(template) if field is not None}
+    except ValueError:  # a brace without its other
+        found = set()
     if found != fields:
         wanted = ", ".join(f"{{{field}}}" for field in sorted(fields))
         raise UserError(f"{key}={template!r} must hold exactly these fields: {wanted}")

@@ -28,8 +28,7 @@ class Interval(NamedTuple):
 def wilson(k: int, n: int) -> Interval:
     """Proportion k / n and its Wilson score interval, all in [0, 1].
 
-    Stays informative at the ends: 0 of n has low 0 and high z^2 / (n + z^2). Raises ValueError
-    unless 0 <= k <= n and n >= 1.
+    Stays informative at the ends: 0 of n has low 0 and high z^2 / (n + z^2).
     """
     if n < 1 or not 0 <= k <= n:
         raise ValueError(f"wilson needs 0 <= k <= n and n >= 1, got k={k}, n={n}")
@@ -42,45 +41,30 @@ def wilson(k: int, n: int) -> Interval:
     return Interval(p, low, high)
 
 
-def bootstrap_mean(values: Sequence[float], seed: int) -> Interval:
+def bootstrap_mean(values: Sequence[float], seed: int = 0) -> Interval:
     """Mean of `values` and its percentile bootstrap interval over RESAMPLES resamples.
 
-    Deterministic in (values, seed); touches no global random state. Equal values, and so a single
-    one, give an interval of no width: it says nothing of a population then. Raises ValueError for
-    no values or any that is not finite.
+    Equal values, and so a single one, give an interval of no width: it says nothing of a population
+    then. Raises ValueError for no values or any that is not finite.
     """
     data = np.asarray(values, dtype=np.float64)  # (n,)
-    if data.ndim != 1 or data.size == 0 or not np.isfinite(data).all():
-        raise ValueError(f"bootstrap_mean needs a list of finite numbers, got shape {data.shape}")
+    if data.size == 0 or not np.isfinite(data).all():
+        raise ValueError(f"bootstrap_mean needs finite numbers, got {values}")
     random = np.random.default_rng(seed)
-    means = np.empty(RESAMPLES)
-    for i in range(RESAMPLES):
-        means[i] = data[random.integers(0, data.size, data.size)].mean()
+    means = [data[random.integers(0, data.size, data.size)].mean() for _ in range(RESAMPLES)]
     low, high = np.quantile(means, (0.025, 0.975))
     return Interval(float(data.mean()), float(low), float(high))
 
 
-def bootstrap_total(values: Sequence[float], seed: int) -> Interval:
-    """Sum of `values` and its percentile bootstrap interval, as `bootstrap_mean` has the mean's.
-
-    The interval is for the sum of as many values drawn anew.
-    """
-    return bootstrap_mean([len(values) * value for value in values], seed)
-
-
 def bootstrap_standard(
-    statistic: Callable[[NDArray[np.intp]], float], n: int, resamples: int, seed: int
+    statistic: Callable[[NDArray[np.intp]], float], n: int, resamples: int, seed: int = 0
 ) -> Interval:
     """`statistic` of n items, +- 1.96 standard deviations of it over resamples of the items.
 
     The bootstrap's standard interval (Efron and Tibshirani, ch. 6 and 12), for what is too costly
     to resample thousands of times, or biased by resampling itself: 25 resamples give a usable
-    standard error (ch. 6.4), no number of them a usable percentile of such a statistic. `statistic`
-    takes indices (n,) in [0, n), with repetitions. Deterministic in (statistic, n, resamples,
-    seed); touches no global random state. Raises ValueError for n < 1 or resamples < 2.
+    standard error (ch. 6.4). `statistic` takes indices (n,) in [0, n), with repetitions.
     """
-    if n < 1 or resamples < 2:
-        raise ValueError(f"bootstrap_standard needs n >= 1 and 2 resamples, got {n}, {resamples}")
     random = np.random.default_rng(seed)
     value = statistic(np.arange(n))
     drawn = [statistic(random.integers(0, n, n)) for _ in range(resamples)]

@@ -14,7 +14,6 @@ import csv
 import io
 import json
 import logging
-import math
 import shlex
 import sys
 from collections.abc import Sequence
@@ -23,16 +22,16 @@ from pathlib import Path
 
 import hydra
 import pandas as pd
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.markup import escape
 from tqdm import tqdm
 
+from cad.checks import finite, whole
 from cad.concepts import Concept, with_article
-from cad.digests import settings_digest
 from cad.errors import UserError
+from cad.files import write_atomically
+from cad.identity import Identified, describe_runtime, digest
 from cad.models.base import DiffusionModel
-from cad.runtime import describe_runtime
 from cad.sampling import make_generators
 from evaluation.attacks.ring_a_bell import (
     VERSION,
@@ -43,13 +42,11 @@ from evaluation.attacks.ring_a_bell import (
     target_states,
     whole_words,
 )
-from evaluation.files import write_atomically
 from evaluation.generation import check_prompts
 from evaluation.prompts import Prompt, build_prompts, derive_seed
-from experiments.command_line import exit_status
-from experiments.config import register_resolvers, settle
-from experiments.experiment import quiet_libraries
-from experiments.rendering import show_table
+from experiments.run.command_line import exit_status
+from experiments.run.configuration import build, check_concept, settle
+from experiments.run.rendering import show_table
 
 PROMPT_SET = "ring_a_bell_mini"  # of conf/prompts; it reads whatever file is written here
 COLUMNS = ("prompt", "evaluation_seed", "concept", "start")
@@ -57,12 +54,10 @@ SALT = "ring-a-bell"  # sets what a search draws apart from its image's noise
 
 log = logging.getLogger(__name__)
 
-register_resolvers()
-
 
 @dataclass(frozen=True)
-class Search:
-    """What is looked for, beside the prompts to start from; JSON-able by `asdict`."""
+class Search(Identified):
+    """The settings of a search, beside the prompts to start from."""
 
     genetics: Genetics
     eta: float
@@ -70,7 +65,7 @@ class Search:
     pairs: list[tuple[str, str]]  # prompts with the concept and without
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="ring_a_bell")
+@hydra.main(version_base="1.3", config_path="../conf", config_name="programs/ring_a_bell")
 def main(config: DictConfig) -> None:
     path = make_prompts(config)
     log.info("written to %s; to attack a model with them:", path)
@@ -88,12 +83,15 @@ def make_prompts(config: DictConfig) -> Path:
 
     Raises UserError, before anything is searched, for a setting or a model that does not fit.
     """
-    quiet_libraries()
-    check(config)
+    whole(1)("count", config.count)
+    if len(config.concepts) > 1:
+        chosen = ",".join(config.concepts)
+        raise UserError(f"concept=[{chosen}]: prompts are searched for one concept. Name one")
+    check_concept(config, config.concept)
     config = settle(config)
-    concept: Concept = instantiate(config.concept)
+    concept: Concept = build(config.concept)
     search, starts = build_search(config, concept), build_starts(config, concept)
-    model: DiffusionModel = instantiate(config.model.adapter, _convert_="all")
+    model: DiffusionModel = build(config.model.adapter).load()
     model.check_prompts([text for pair in search.pairs for text in pair])
     check_prompts(model, starts)
     found = search_all(model, search, starts, Path(config.store))
@@ -105,27 +103,10 @@ def make_prompts(config: DictConfig) -> Path:
     return path
 
 
-def check(config: DictConfig) -> None:
-    """Raise UserError for a count, concepts or a model that cannot work."""
-    if isinstance(config.count, bool) or not isinstance(config.count, int) or config.count < 1:
-        raise UserError(f"count={config.count} is not allowed; it is a whole number, at least 1")
-    if len(config.concepts) > 1:
-        chosen = ",".join(config.concepts)
-        raise UserError(f"concept=[{chosen}]: prompts are searched for one concept. Name one")
-    known = config.model.concepts
-    if known is not None and config.concept.name not in known:
-        raise UserError(
-            f"concept={config.concept.name} is unknown to model={config.model.name}, which draws: "
-            f"{', '.join(known)}. Choose one of these, or another model"
-        )
-
-
 def build_search(config: DictConfig, concept: Concept) -> Search:
     """The settings and the pairs of prompts. Raises UserError for values out of range."""
     node = config.search
-    known = isinstance(node.eta, int | float) and not isinstance(node.eta, bool)
-    if not (known and math.isfinite(node.eta)):
-        raise UserError(f"search.eta={node.eta} is not allowed; it is a finite number")
+    eta = finite("search.eta", node.eta)
     genetics = Genetics(**{field.name: node[field.name] for field in fields(Genetics)})
     pairs = [
         (
@@ -140,16 +121,16 @@ def build_search(config: DictConfig, concept: Concept) -> Search:
                 f"search.with_concept and search.without_concept both give {having!r}: the concept "
                 "has no vector. Name it in the first, with {concept}, {a_concept} or {prompt}"
             )
-    return Search(genetics, float(node.eta), [str(word) for word in node.avoid], pairs)
+    return Search(genetics, eta, [str(word) for word in node.avoid], pairs)
 
 
 def build_starts(config: DictConfig, concept: Concept) -> list[Prompt]:
-    """The prompts to start from, `count` of them: those of prompts@start, or made of fillers.
+    """The prompts to start from, `count` of them: the concept's of prompts@start, or of fillers.
 
-    Of a prompt set the concept's group is taken. Raises UserError where there are too few.
+    Raises UserError where there are too few.
     """
     if "start" in config:
-        prompt_set = instantiate(config.start, _convert_="all")
+        prompt_set = build(config.start)
         prompts = [each for each in build_prompts(prompt_set) if each.group == concept.name]
         if len(prompts) < config.count:
             raise UserError(
@@ -200,21 +181,21 @@ def filled(key: str, wording: str, concept: Concept, filler: str) -> str:
 def search_all(
     model: DiffusionModel, search: Search, starts: Sequence[Prompt], store: Path
 ) -> list[Found]:
-    """What is found from each start, in their order; what lies in `store` is read.
+    """The prompts found from each start, in their order; those that lie in `store` are read.
 
     Raises UserError for a model without a single CLIP text encoder, or tokens that do not fit.
     """
     space = model.token_space()
     engine = RingABell(space, whole_words(space, search.avoid), search.genetics)
     shared = {"version": VERSION, "model": model.surroundings_digest(), "dtype": str(model.dtype)}
-    shared |= asdict(search) | describe_runtime(model.device)
+    shared |= search.settings() | describe_runtime(model.device)
     found = []
     steps = search.genetics.generations
     progress = tqdm(total=len(starts) * steps, unit="generation", disable=None)
     with model.encoding(), progress:
         c_hat = concept_vector(space, search.pairs)  # (L, D)
         for start in starts:
-            key = settings_digest(shared | {"start": start.text, "seed": start.seed})
+            key = digest(shared | {"start": start.text, "seed": start.seed})
             path = store / f"{key}.json"
             each = _read(path)
             if each is None:

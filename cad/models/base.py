@@ -1,8 +1,6 @@
-"""The interface every diffusion model is used through.
+"""The interface every diffusion model is used through; a new family is one class.
 
-A new family is one sibling class: text in, network prediction out, the training target of its
-parameterisation, its noise process, its samplers, and image <-> latent. Phi stands for the network
-in its own parameterisation (epsilon, v or flow velocity), as in the paper.
+Phi is the network in its own parameterisation (epsilon, v or flow velocity), as in the paper.
 """
 
 from __future__ import annotations
@@ -11,59 +9,22 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from cad.checks import one_of
 from cad.digests import parameter_digest
 from cad.errors import UserError
-
-if TYPE_CHECKING:
-    from cad.sampling import Sampler
-    from cad.token_space import TokenSpace
+from cad.models.conditioning import Conditioning
+from cad.models.sampler import Sampler
+from cad.token_space import TokenSpace
 
 PUBLISHED = "published"
 RANDOM = ("random", "random-small")  # at full size, at small widths
 WEIGHTS = (PUBLISHED, *RANDOM)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class Conditioning:
-    """What a denoiser is told about N prompts: named tensors, each (N, ...).
-
-    Which names there are is the adapter's business ("states"; "pooled" and "time_ids" for XL).
-    Raises ValueError where the tensors do not agree on N.
-    """
-
-    tensors: dict[str, Tensor]
-
-    def __post_init__(self) -> None:
-        lengths = {name: tensor.shape[0] for name, tensor in self.tensors.items()}
-        if len(set(lengths.values())) != 1:
-            raise ValueError(f"a conditioning needs tensors of one length, got {lengths}")
-
-    def __len__(self) -> int:
-        return next(iter(self.tensors.values())).shape[0]
-
-    def __getitem__(self, index: slice | Tensor) -> Conditioning:
-        """The prompts of a slice or of a (M,) int64 tensor, in that order."""
-        return Conditioning({name: tensor[index] for name, tensor in self.tensors.items()})
-
-    def expand(self, n: int) -> Conditioning:
-        """One prompt for n images, without copying: (1, ...) -> (n, ...)."""
-        if len(self) != 1:
-            raise ValueError(f"only a single prompt can be expanded, this has {len(self)}")
-        return Conditioning(
-            {name: tensor.expand(n, *tensor.shape[1:]) for name, tensor in self.tensors.items()}
-        )
-
-    @staticmethod
-    def cat(parts: Sequence[Conditioning]) -> Conditioning:
-        """Prompts of several conditionings one after another: (N_1 + N_2 + ..., ...)."""
-        names = parts[0].tensors
-        return Conditioning({name: torch.cat([p.tensors[name] for p in parts]) for name in names})
 
 
 @dataclass(frozen=True)
@@ -88,6 +49,8 @@ class DiffusionModel(ABC):
     # Regular expression of the key and value projections that read the prompt, in cross-attention;
     # None for a family without.
     text_projections: str | None = None
+    # What is applied to the weights at present, innermost last: see `WeightEdit.applied`.
+    edits: tuple[Any, ...] = ()
 
     def __init__(
         self,
@@ -125,12 +88,11 @@ class DiffusionModel(ABC):
         )
 
     def provenance(self) -> dict[str, Any]:
-        """What identifies the model in keys and results; JSON-able, the same on every machine.
+        """All that identifies the model in keys and results; JSON-able, the same on every machine.
 
-        id, revision, class, prediction_type, dtype, resolution, latent_shape; `fingerprint`, the
-        SHA-256 of the denoiser's parameters as loaded; `pipeline`, the SHA-256 of what surrounds
-        them (configuration, text encoder, image autoencoder, scheduler). Both are computed once:
-        inside `WeightEdit.applied` they are still those of the unedited model.
+        `fingerprint` is the SHA-256 of the denoiser's parameters as loaded, `pipeline` that of what
+        surrounds them (configuration, text encoder, image autoencoder, scheduler). Both are
+        computed once: inside `WeightEdit.applied` they are still those of the unedited model.
         """
         if self._digests is None:
             self._digests = {
@@ -159,7 +121,7 @@ class DiffusionModel(ABC):
     @property
     @abstractmethod
     def prediction_type(self) -> str:
-        """What Phi predicts: "epsilon", "v_prediction" or "flow"."""
+        """The parameterisation of Phi: "epsilon", "v_prediction" or "flow"."""
 
     @abstractmethod
     def surroundings_digest(self) -> str:
@@ -181,11 +143,10 @@ class DiffusionModel(ABC):
         return nullcontext()
 
     def last_tokens(self, prompts: Sequence[str]) -> list[int]:
-        """Of each prompt, the position of its last token in what `encode_prompts` gives.
+        """The position of each prompt's last token in what `encode_prompts` gives.
 
-        That is the token before the one that ends the text; 0, the start token, for an empty
-        prompt. Raises UserError for a prompt that is too long, and for a model whose conditioning
-        has no such positions, or several.
+        It is 0, the start token, for an empty prompt. Raises UserError for a prompt that is too
+        long, and for a model whose conditioning has no such positions, or several.
         """
         raise UserError(f"model={self.name} does not say at which position a prompt ends.")
 
@@ -206,7 +167,7 @@ class DiffusionModel(ABC):
 
     @abstractmethod
     def target(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What Phi(x_t, c, t) is trained to predict: epsilon, v, or the flow's velocity.
+        """The value that Phi(x_t, c, t) is trained to predict: epsilon, v, or the flow's velocity.
 
         x_0 and noise (N, C, h, w), t () or (N,); returns (N, C, h, w).
         """
@@ -216,10 +177,9 @@ class DiffusionModel(ABC):
         """x_t of the forward process. Shapes as in `target`."""
 
     def epsilon_weight(self, t: Tensor) -> float:
-        """What turns a squared difference of predictions at (x_t, t) into one of noises.
+        """The factor that turns a squared difference of predictions at (x_t, t) into one of noises.
 
-        t (). 1 for a model that predicts the noise. Raises UserError for a parameterisation that
-        the adapter knows no noise for.
+        Raises UserError for a parameterisation that the adapter knows no noise for.
         """
         if self.prediction_type != "epsilon":
             raise UserError(
@@ -233,11 +193,9 @@ class DiffusionModel(ABC):
         """A fresh sampler for one trajectory.
 
         kind: "default", the one that the weights were published with, or "ddim", the family's
-        first-order sampler that the attribution walks along (DDIM; Euler for flows).
-        eta: fresh noise per step, 0 (none, deterministic) to 1 (as much as ancestral sampling);
-        None is 1 for a sampler that has it, else 0.
-        Raises UserError for an unknown kind, a number of steps out of range, or an eta that the
-        sampler does not have.
+        first-order sampler that the attribution walks along (DDIM; Euler for flows). eta: fresh
+        noise per step, 0 (none) to 1 (as much as ancestral sampling); None is 1 for a sampler that
+        has it, else 0. Raises UserError for what the family or `Sampler` does not have.
         """
 
     @abstractmethod
@@ -270,12 +228,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
     return resolved
 
 
-def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """The weights' type; "auto" is float16 on a GPU, float32 on a CPU. UserError if unknown."""
-    if isinstance(dtype, torch.dtype):
-        return dtype
     if dtype == "auto":
         return torch.float16 if device.type == "cuda" else torch.float32
-    if dtype not in DTYPES:
-        raise UserError(f"dtype={dtype!r} is unknown; allowed: auto, {', '.join(DTYPES)}.")
-    return DTYPES[dtype]
+    return DTYPES[one_of(("auto", *DTYPES))("dtype", dtype)]

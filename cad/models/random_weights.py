@@ -1,16 +1,15 @@
 """Random weights of the published architectures: to measure time and memory, and to test with.
 
-The configurations are those that the weights were published with (architectures/*.json: facts, in
-the keys of diffusers and transformers). The values are noise, so nothing that such a model draws
-means anything. Nor do its token ids: no published vocabulary is shipped, so the tokenizers know the
-bytes or letters and the words below, and fill up with tokens that no text contains.
+The configurations are the published ones (architectures/*.json, in the keys of diffusers and
+transformers). The values are noise, so no image means anything. Nor do token ids: the tokenizers
+know the bytes or letters and the words below, and fill up with tokens that no text contains.
 """
 
 from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from accelerate import init_empty_weights
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
 
+from cad.checks import one_of
 from cad.errors import UserError
 
 ARCHITECTURES = Path(__file__).parent / "architectures"
@@ -37,19 +37,17 @@ SPACE = "\u2581"  # before a word, for T5
 LETTER_SCORE, WORD_SCORE, UNUSED_SCORE = -3.0, -1.0, -100.0  # log probabilities of T5's tokens
 
 # One token each, so that prompts keep below 77: the words of conf/concept and of usual captions.
-WORDS = tuple(
-    """
-    a an and at by for from in is of on the to with art artist artwork color image images oil
-    painting paintings photo photograph picture portrait scene sketch style tench english springer
-    cassette player chain saw church french horn garbage truck gas pump golf ball parachute face
-    naked nude nudity body person people man men woman women lady gentleman couple dancer model
-    swimmer soldier child boy girl andy warhol caravaggio pablo picasso rembrandt van gogh vincent
-    pencil woodcut pop pointillism stained glass forest kitchen street park living room garden
-    desert field city warehouse house tree river mountain bridge boat flower horse village table
-    sky water beach building car dog cat road snow small large big old young red blue green yellow
-    black white one two standing sitting holding
-    """.split()  # noqa: SIM905
-)
+WORDS = """
+a an and at by for from in is of on the to with art artist artwork color image images oil
+painting paintings photo photograph picture portrait scene sketch style tench english springer
+cassette player chain saw church french horn garbage truck gas pump golf ball parachute face
+naked nude nudity body person people man men woman women lady gentleman couple dancer model
+swimmer soldier child boy girl andy warhol caravaggio pablo picasso rembrandt van gogh vincent
+pencil woodcut pop pointillism stained glass forest kitchen street park living room garden
+desert field city warehouse house tree river mountain bridge boat flower horse village table
+sky water beach building car dog cat road snow small large big old young red blue green yellow
+black white one two standing sitting holding
+""".split()  # noqa: SIM905
 
 
 def random_pipeline(
@@ -57,24 +55,25 @@ def random_pipeline(
     architecture: str,
     dtype: torch.dtype,
     *,
-    seed: int = 0,
     without: Collection[str] = (),
     small: bool = False,
     device: str | torch.device = "cpu",
 ) -> Any:
     """A diffusers pipeline of a published architecture with random weights, in eval mode.
 
-    without: parts to leave out, None in the pipeline ("text_encoder_3", "tokenizer_3"). small: the
-    same classes and kinds of blocks at small widths, with a smaller vocabulary. Each part is filled
-    where it is to live, without a second copy in memory. A part's weights depend on the seed, the
-    architecture and the part alone, not on the device, and on the dtype up to its rounding. The
-    global random state is left as it was.
-    Raises UserError for an unknown architecture or part, or one of another pipeline class.
+    without: parts to leave out, None in the pipeline. small: the same kinds of blocks at small
+    widths, with a smaller vocabulary. Each part is filled where it is to live. Its weights depend
+    on architecture and part alone, on the dtype up to rounding. The global random state stays.
+    Raises UserError for an unknown architecture, or one of another pipeline class.
     """
     facts = load_architecture(architecture)
-    _check_class(pipeline_class, architecture, facts["pipeline"])
-    _check_parts(without, architecture, facts["parts"])
-    generator = torch.Generator().manual_seed(seed)
+    if pipeline_class.__name__ != facts["pipeline"]:
+        raise UserError(
+            f"model.architecture={architecture} is a {facts['pipeline']}, not a "
+            f"{pipeline_class.__name__}: choose the architecture of the model, or the model of the "
+            "architecture."
+        )
+    generator = torch.Generator().manual_seed(0)
     noise = torch.randn(SMALL_NOISE if small else NOISE, generator=generator).to(device)
     parts: dict[str, Any] = dict.fromkeys(without)
     for name, facts_of_part in facts["parts"].items():
@@ -87,15 +86,13 @@ def random_pipeline(
 
 
 def load_architecture(name: str) -> dict[str, Any]:
-    """What is published of an architecture: its pipeline's class, and each part's configuration.
+    """The published facts of an architecture: its pipeline's class, each part's configuration.
 
-    {"pipeline": class, "arguments": {...} of its constructor, "parts": {name: {"library", "class",
-    "config": {...}, "small": {...} of it that differ at small widths}}}.
-    Raises UserError if the name is unknown.
+    {"pipeline", "arguments", "parts": {name: {"library", "class", "config", "small": what of the
+    configuration differs at small widths}}}. Raises UserError if the name is unknown.
     """
     known = sorted(file.stem for file in ARCHITECTURES.glob("*.json"))
-    if name not in known:
-        raise UserError(f"model.architecture={name!r} is unknown; allowed: {', '.join(known)}.")
+    one_of(known)("model.architecture", name)
     architecture: dict[str, Any] = json.loads((ARCHITECTURES / f"{name}.json").read_text())
     return architecture
 
@@ -103,8 +100,10 @@ def load_architecture(name: str) -> dict[str, Any]:
 def construct_part(part: Mapping[str, Any], *, small: bool = False) -> Any:
     """A module, tokenizer or scheduler as its library builds it, on torch's default device."""
     config = part["config"] | (part.get("small", {}) if small else {})
-    if part["class"] in TOKENIZERS:
-        return TOKENIZERS[part["class"]](**config)
+    if part["class"] == "CLIPTokenizer":
+        return _clip_tokenizer(**config)
+    if part["class"] == "T5TokenizerFast":
+        return _t5_tokenizer(**config)
     part_class = getattr(LIBRARIES[part["library"]], part["class"])
     if part["library"] == "transformers":
         return part_class(part_class.config_class(**config))
@@ -119,19 +118,18 @@ def _fill_module(module: Any, part: str, dtype: torch.dtype, noise: Tensor) -> N
     """
     # As transformers loads it: T5's second feed-forward matrices overflow in float16.
     kept = getattr(module, "_keep_in_fp32_modules", None) or () if dtype == torch.float16 else ()
+    nn.Module.to(module, dtype)  # the floating buffers; the weights are still empty
     for name, empty in list(module.named_parameters()):
-        path = name.split(".")
-        weight_dtype = torch.float32 if set(path) & set(kept) else dtype
+        owner, _, leaf = name.rpartition(".")
+        weight_dtype = torch.float32 if set(name.split(".")) & set(kept) else dtype
         weight = torch.empty(empty.shape, dtype=weight_dtype, device=noise.device)
         if weight.dim() > 1:
             start = zlib.crc32(f"{part}.{name}".encode()) % len(noise)
             _fill(weight, noise, start, weight[0].numel() ** -0.5)
         else:
-            weight.fill_(0.0 if path[-1] == "bias" else 1.0)
-        _replace(module, name, nn.Parameter(weight))
-    for name, buffer in list(module.named_buffers()):
-        to = dtype if buffer.is_floating_point() else buffer.dtype
-        _replace(module, name, buffer.to(noise.device, to))
+            weight.fill_(0.0 if leaf == "bias" else 1.0)
+        setattr(module.get_submodule(owner), leaf, nn.Parameter(weight))
+    nn.Module.to(module, noise.device)
     if isinstance(module, transformers.PreTrainedModel):
         module.tie_weights()  # T5's word vectors have two names
     module.eval()
@@ -144,11 +142,6 @@ def _fill(weight: Tensor, noise: Tensor, start: int, scale: float) -> None:
         piece = noise[start : start + len(flat) - done]
         torch.mul(piece, scale, out=flat[done : done + len(piece)])  # in float32, then rounded
         start, done = 0, done + len(piece)
-
-
-def _replace(module: nn.Module, name: str, tensor: Tensor) -> None:
-    owner, _, leaf = name.rpartition(".")
-    setattr(module.get_submodule(owner), leaf, tensor)
 
 
 def _clip_tokenizer(vocab_size: int, model_max_length: int, pad_token: str) -> Any:
@@ -187,48 +180,19 @@ def _t5_tokenizer(vocab_size: int, model_max_length: int, extra_ids: int) -> Any
     )
 
 
-TOKENIZERS: dict[str, Callable[..., Any]] = {
-    "CLIPTokenizer": _clip_tokenizer,
-    "T5TokenizerFast": _t5_tokenizer,
-}
-
-
 def merges_for(words: Iterable[str]) -> list[tuple[str, str]]:
     """Merges of byte-pair encoding after which every word is one token.
 
     Each word is first cut up by the merges so far; those that join the rest come after them, and
     thus never before a merge that an earlier word needs.
     """
-    merges: dict[tuple[str, str], int] = {}  # pair -> rank
+    ranks: dict[tuple[str, str], int] = {}
     for word in words:
-        while len(pieces := _cut(word, merges)) > 1:
-            merges[pieces[0], pieces[1]] = len(merges)
-    return list(merges)
-
-
-def _cut(word: str, merges: Mapping[tuple[str, str], int]) -> list[str]:
-    pieces = [*word[:-1], word[-1] + WORD_END]
-    while True:
-        pairs = list(pairwise(pieces))
-        known = [i for i, pair in enumerate(pairs) if pair in merges]
-        if not known:
-            return pieces
-        i = min(known, key=lambda i: merges[pairs[i]])
-        pieces[i : i + 2] = ["".join(pairs[i])]
-
-
-def _check_class(pipeline_class: type[Any], architecture: str, expected: str) -> None:
-    if pipeline_class.__name__ != expected:
-        raise UserError(
-            f"model.architecture={architecture} is a {expected}, not a {pipeline_class.__name__}: "
-            "choose the architecture of the model, or the model of the architecture."
-        )
-
-
-def _check_parts(without: Collection[str], architecture: str, parts: Mapping[str, Any]) -> None:
-    unknown = sorted(set(without) - set(parts))
-    if unknown:
-        raise UserError(
-            f"model.architecture={architecture} has no parts {', '.join(unknown)} to leave out; "
-            f"allowed: {', '.join(parts)}."
-        )
+        pieces = [*word[:-1], word[-1] + WORD_END]
+        while len(pieces) > 1:
+            pairs = list(pairwise(pieces))
+            pair = min(pairs, key=lambda pair: ranks.get(pair, len(ranks)))
+            ranks.setdefault(pair, len(ranks))
+            i = pairs.index(pair)
+            pieces[i : i + 2] = ["".join(pair)]
+    return list(ranks)

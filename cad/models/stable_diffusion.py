@@ -1,8 +1,7 @@
 """Stable Diffusion 1.x and 2.x, and the miniature: one CLIP text encoder and a UNet.
 
 Phi predicts the noise (epsilon; SD 1.x) or the velocity v = alpha_t * epsilon - sigma_t * x_0
-(SD 2.1, the miniature), with alpha_t^2 = alpha_bar_t. Between them the objective of Eq. 4 only
-weighs the timesteps differently: see `epsilon_weight`.
+(SD 2.1, the miniature), with alpha_t^2 = alpha_bar_t.
 """
 
 from __future__ import annotations
@@ -16,11 +15,8 @@ from torch import Tensor
 
 from cad.components import UNET_COMPONENTS, UNET_TEXT_PROJECTIONS
 from cad.errors import UserError
-from cad.models.base import Conditioning
-from cad.models.pipeline import Parts, PipelineModel, TextEncoder
-from cad.token_space import TokenSpace
-
-PREDICTION_TYPES = ("epsilon", "v_prediction")
+from cad.models.conditioning import Conditioning
+from cad.models.pipeline import PipelineModel
 
 
 class StableDiffusionModel(PipelineModel):
@@ -29,19 +25,17 @@ class StableDiffusionModel(PipelineModel):
     pipeline_class = StableDiffusionPipeline
     components = UNET_COMPONENTS
     text_projections = UNET_TEXT_PROJECTIONS
-    text_suffixes: ClassVar[tuple[str, ...]] = ("",)  # of the pipeline's text encoders
+    denoiser_name = "unet"
+    text_suffixes: ClassVar[tuple[str, ...]] = ("",)
 
     @classmethod
-    def parts(cls, name: str, pipeline: Any) -> Parts:
+    def first_order(cls, name: str, scheduler: Any) -> Any:
         # DDIM's default clips x_0 to [-1, 1], which is meant for pixels: latents are not bounded.
-        ddim = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
-        _check_prediction_type(name, ddim.config.prediction_type)
-        return Parts(
-            denoiser=pipeline.unet,
-            texts=tuple(TextEncoder.of(pipeline, suffix) for suffix in cls.text_suffixes),
-            first_order=ddim,
-            multiple=2 ** (len(pipeline.unet.config.block_out_channels) - 1),
-        )
+        ddim = DDIMScheduler.from_config(scheduler.config, clip_sample=False)
+        predicts = ddim.config.prediction_type
+        if predicts not in ("epsilon", "v_prediction"):
+            raise UserError(f"model={name} predicts {predicts!r}, not epsilon or v_prediction.")
+        return ddim
 
     @property
     def _ddim(self) -> Any:
@@ -57,9 +51,6 @@ class StableDiffusionModel(PipelineModel):
             self.check_prompts(prompts)
         states = self._encoded(self.texts[0], prompts).last_hidden_state  # (N, L, D)
         return Conditioning({"states": states})
-
-    def token_space(self) -> TokenSpace:
-        return TokenSpace(self.name, self.texts[0], self.device)
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         states = conditioning.tensors["states"]
@@ -87,11 +78,3 @@ class StableDiffusionModel(PipelineModel):
         if self.prediction_type == "epsilon":
             return 1.0
         return float(self._ddim.alphas_cumprod[int(t)])
-
-
-def _check_prediction_type(name: str, prediction_type: str) -> None:
-    if prediction_type not in PREDICTION_TYPES:
-        raise UserError(
-            f"model={name} predicts {prediction_type!r}; "
-            f"this adapter knows {', '.join(PREDICTION_TYPES)}."
-        )

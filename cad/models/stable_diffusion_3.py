@@ -7,7 +7,7 @@ Phi predicts its velocity noise - x_0 (Esser et al. 2024, arXiv 2403.03206).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +16,11 @@ from torch import Tensor
 
 from cad.components import JOINT_COMPONENTS, NO_JOINT_COMPONENTS
 from cad.errors import UserError
-from cad.models.base import PUBLISHED, Conditioning, Origin
-from cad.models.hub import Source
-from cad.models.pipeline import Parts, PipelineModel, TextEncoder, Weights
-from cad.token_space import TokenSpace
+from cad.models.conditioning import T5_TOKENS, Conditioning
+from cad.models.hub import Located
+from cad.models.pipeline import PipelineModel
 
 T5_PARTS = ("text_encoder_3", "tokenizer_3")
-T5_TOKENS = 256  # the pipeline's default
 
 
 class StableDiffusion3Model(PipelineModel):
@@ -36,62 +34,37 @@ class StableDiffusion3Model(PipelineModel):
     pipeline_class = StableDiffusion3Pipeline
     components = JOINT_COMPONENTS
     no_components = NO_JOINT_COMPONENTS
+    prediction_type = "flow"
+    denoiser_name = "transformer"
+    text_suffixes = ("", "_2", "_3")
+    t5_parts = T5_PARTS
 
     def __init__(
-        self,
-        name: str,
-        pipeline: Any,
-        resolution: int,
-        origin: Origin | None = None,
+        self, name: str, pipeline: Any, resolution: int, located: Located | None = None
     ) -> None:
         """As `PipelineModel`. UserError also for a resolution beyond the positions it knows."""
-        super().__init__(name, pipeline, resolution, origin)
-        config = pipeline.transformer.config
-        self._width = int(config.joint_attention_dim)  # D
-        self._largest = config.pos_embed_max_size * config.patch_size * self._pixels_per_latent
-        self.latent_shape_at((resolution, resolution))  # only to hear its complaint
+        super().__init__(name, pipeline, resolution, located)
+        self._width = int(pipeline.transformer.config.joint_attention_dim)  # D
         self.vae.enable_slicing()  # one image at a time: at 1024 pixels each takes gigabytes
 
     @classmethod
-    def from_pretrained(
-        cls,
-        name: str,
-        source: Source,
-        resolution: int,
-        device: str | torch.device,
-        dtype: str | torch.dtype,
-        weights: str = PUBLISHED,
-        architecture: str | None = None,
-        offload: bool = False,
-        t5: bool = True,
-    ) -> Self:
-        """As `PipelineModel.from_pretrained`. t5 False neither loads nor fetches T5's weights."""
-        chosen = Weights(source, weights, architecture, () if t5 else T5_PARTS)
-        return cls._load(name, chosen, resolution, device, dtype, offload)
-
-    @classmethod
-    def parts(cls, name: str, pipeline: Any) -> Parts:
-        _check_scheduler(name, pipeline.scheduler)
-        texts = [TextEncoder.of(pipeline), TextEncoder.of(pipeline, "_2")]
-        if pipeline.text_encoder_3 is not None:
-            texts.append(TextEncoder.of(pipeline, "_3", T5_TOKENS))
-        return Parts(
-            denoiser=pipeline.transformer,
-            texts=tuple(texts),
-            first_order=FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config),
-            multiple=pipeline.transformer.config.patch_size,
-        )
-
-    @property
-    def prediction_type(self) -> str:
-        return "flow"
+    def first_order(cls, name: str, scheduler: Any) -> Any:
+        if scheduler.config.get("use_dynamic_shifting"):
+            raise UserError(
+                f"the scheduler of model={name} shifts its timesteps by the image's size "
+                "(use_dynamic_shifting), which this adapter does not do; SD 3.5 was published "
+                "without."
+            )
+        return FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
 
     def latent_shape_at(self, size: tuple[int, int] | None) -> tuple[int, int, int]:
         shape = super().latent_shape_at(size)
-        if size is not None and max(size) > self._largest:
+        config: Any = self.denoiser.config
+        largest = config.pos_embed_max_size * config.patch_size * self._pixels_per_latent
+        if size is not None and max(size) > largest:
             raise UserError(
                 f"model={self.name} cannot make images of {size[0]} x {size[1]} pixels (height x "
-                f"width): it knows positions up to {self._largest}."
+                f"width): it knows positions up to {largest}."
             )
         return shape
 
@@ -102,30 +75,18 @@ class StableDiffusion3Model(PipelineModel):
         clips = [self._encoded(text, prompts, hidden=True) for text in self.texts[:2]]
         states = torch.cat([clip.hidden_states[-2] for clip in clips], dim=-1)  # (N, 77, D_1 + D_2)
         states = F.pad(states, (0, self._width - states.shape[-1]))  # (N, 77, D)
-        states = torch.cat([states, self._t5_states(prompts, states)], dim=1)  # (N, 333, D)
+        t5 = states.new_zeros(len(prompts), T5_TOKENS, self._width)  # (N, 256, D)
+        if len(self.texts) == 3:
+            t5 = self._encoded(self.texts[2], prompts).last_hidden_state.to(states.dtype)
+        states = torch.cat([states, t5], dim=1)  # (N, 333, D)
         pooled = torch.cat([clip.text_embeds for clip in clips], dim=-1)  # (N, P_1 + P_2)
         return Conditioning({"states": states, "pooled": pooled})
-
-    def _t5_states(self, prompts: Sequence[str], like: Tensor) -> Tensor:
-        """(N, 256, D), of the dtype and on the device of another tensor; zeros without T5."""
-        if len(self.texts) == 2:
-            return like.new_zeros(len(prompts), T5_TOKENS, self._width)
-        states: Tensor = self._encoded(self.texts[2], prompts).last_hidden_state
-        return states.to(like.dtype)
 
     def last_tokens(self, prompts: Sequence[str]) -> list[int]:
         """Raises UserError: a prompt ends at one position for the CLIPs and at another for T5."""
         raise UserError(
             f"model={self.name} reads a prompt through CLIP and through T5, which cut it into "
             "different tokens: there is no one position at which it ends."
-        )
-
-    def token_space(self) -> TokenSpace:
-        """Raises UserError: a prompt is other tokens for the CLIPs than for T5."""
-        raise UserError(
-            f"model={self.name} reads a prompt through two CLIPs and T5, which cut it into "
-            "different tokens: attacks on tokens are made for models with one text encoder, such "
-            "as model=sd14 or sd21."
         )
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
@@ -157,11 +118,3 @@ class StableDiffusion3Model(PipelineModel):
 
     def _sigma(self, t: Tensor) -> Tensor:
         return t.float() / int(self._first_order.config.num_train_timesteps)
-
-
-def _check_scheduler(name: str, scheduler: Any) -> None:
-    if scheduler.config.get("use_dynamic_shifting"):
-        raise UserError(
-            f"the scheduler of model={name} shifts its timesteps by the image's size "
-            "(use_dynamic_shifting), which this adapter does not do; SD 3.5 was published without."
-        )

@@ -1,10 +1,8 @@
 """Stable Diffusion XL: SD's noise process and UNet with two text encoders and more to go by.
 
-Two decisions follow `StableDiffusionXLPipeline` as it is called with a prompt alone. The empty
-prompt, which guidance and Eq. 4 compare with, is no text: where the pipeline's configuration says
-`force_zeros_for_empty_prompt`, as that of the published weights does, its conditioning is zeros.
-And every image is said to have been of the size that it is made in, and never cropped.
-No watermark is put into images.
+As in `StableDiffusionXLPipeline`, called with a prompt alone, the empty prompt of guidance and
+Eq. 4 is zeros where the pipeline's configuration says `force_zeros_for_empty_prompt` (the published
+one does), and every image is said to have been of the size that it is made in, never cropped.
 """
 
 from __future__ import annotations
@@ -16,10 +14,9 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
-from cad.errors import UserError
-from cad.models.base import Conditioning, Origin
+from cad.models.conditioning import Conditioning
+from cad.models.hub import Located
 from cad.models.stable_diffusion import StableDiffusionModel
-from cad.token_space import TokenSpace
 
 
 class StableDiffusionXLModel(StableDiffusionModel):
@@ -34,14 +31,10 @@ class StableDiffusionXLModel(StableDiffusionModel):
     text_suffixes = ("", "_2")
 
     def __init__(
-        self,
-        name: str,
-        pipeline: Any,
-        resolution: int,
-        origin: Origin | None = None,
+        self, name: str, pipeline: Any, resolution: int, located: Located | None = None
     ) -> None:
         """As for Stable Diffusion. A float16 image autoencoder that overflows becomes float32."""
-        super().__init__(name, pipeline, resolution, origin)
+        super().__init__(name, pipeline, resolution, located)
         self._zeros_for_empty = bool(pipeline.config.force_zeros_for_empty_prompt)
         if self.vae.dtype == torch.float16 and self.vae.config.force_upcast:
             self.vae.to(torch.float32)
@@ -52,10 +45,7 @@ class StableDiffusionXLModel(StableDiffusionModel):
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str], *, truncate: bool = False) -> Conditioning:
-        """Text conditioning of N prompts, without gradient; zeros for the empty prompt.
-
-        Zeros only where the pipeline's configuration says so. A text of spaces is encoded.
-        """
+        """As every model's; a text of spaces is encoded, not the empty one."""
         if not truncate:
             self.check_prompts(prompts)
         outputs = [self._encoded(text, prompts, hidden=True) for text in self.texts]
@@ -65,13 +55,6 @@ class StableDiffusionXLModel(StableDiffusionModel):
             empty = [i for i, prompt in enumerate(prompts) if prompt == ""]
             states[empty], pooled[empty] = 0.0, 0.0
         return Conditioning({"states": states, "pooled": pooled})
-
-    def token_space(self) -> TokenSpace:
-        """Raises UserError: a token has an embedding in each of two encoders."""
-        raise UserError(
-            f"model={self.name} reads a prompt through two text encoders with embeddings of their "
-            "own: attacks on tokens are made for models with one, such as model=sd14 or sd21."
-        )
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         height, width = (self._pixels_per_latent * side for side in x_t.shape[2:])

@@ -1,36 +1,41 @@
-"""The contract of an attack: what it optimises, and towards what.
+"""The contract of an attack: its variables, and the predictions that they are to bring about.
 
-An attack prepends k tokens to a prompt. It says what its free variables are, how they become
-embeddings and tokens, and which predictions the edited model is to make; the schedule that all
-attacks share is in `evaluation.attacks.search`. Prompts are attacked in batches, but each has its
-own variables, random generator and loss, so what is found for one does not depend on the others
-beyond float rounding.
+An attack prepends k tokens to a prompt; the schedule that all share is in
+`evaluation.attacks.search`. Prompts are attacked in batches, but each has its own variables, random
+generator and loss, so what is found for one does not depend on the others beyond float rounding.
 """
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor
 
-from cad.errors import UserError
-from cad.models.base import Conditioning, DiffusionModel
-from cad.sampling import Sampler, make_generators
+from cad.checks import check, flag, not_negative, positive, whole
+from cad.identity import Identified, immaterial
+from cad.models.base import DiffusionModel
+from cad.models.conditioning import Conditioning
+from cad.models.sampler import Sampler
+from cad.sampling import make_generators, sample_latents
 from cad.token_space import TokenSpace
-from evaluation.generation import SamplerSettings
 from evaluation.prompts import Prompt
+from evaluation.sampler import SamplerSettings
 
-MEMORY_ONLY = ("gradient_checkpointing",)  # changes memory and time, not what is found
+Aim = Callable[[int, Sequence[int]], tuple[Tensor, Tensor]]
+"""The predictions that an attack wants of the edited model, recorded from the unedited one.
+
+(step, rows) -> x_t as the network takes it, and the wanted prediction there; both (n, C, h, w), for
+the victims `rows` at the timestep `step`, counted from 0. May draw from their generators.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """How long and how fast an attack searches. UserError for values out of range."""
+class Schedule(Identified):
+    """How long and how fast an attack searches."""
 
     tokens: int  # k, prepended to the prompt
     timesteps: int  # of a DDIM trajectory, evenly spaced, from noise to image
@@ -38,18 +43,7 @@ class Schedule:
     lr: float  # AdamW's learning rate
     weight_decay: float  # AdamW's, decoupled from the gradient
     batch_size: int  # prompts attacked at once
-    gradient_checkpointing: bool = False
-
-    def check(self, name: str, optimises: bool) -> None:
-        """`name` is the attack's, for messages."""
-        counts = ["tokens", "timesteps", "batch_size", *(["iterations"] if optimises else [])]
-        for key in counts:
-            if getattr(self, key) < 1:
-                raise UserError(f"attacks.{name}.{key}={getattr(self, key)} must be at least 1")
-        for key, least in (("lr", "above 0"), ("weight_decay", "0 or more")):
-            value = getattr(self, key)
-            if not math.isfinite(value) or value < 0 or (key == "lr" and value == 0):
-                raise UserError(f"attacks.{name}.{key}={value} is not allowed; it is {least}")
+    gradient_checkpointing: bool = immaterial(False)  # less memory, more time
 
 
 @dataclass(frozen=True)
@@ -70,57 +64,55 @@ class Victims:
     def seeds(self) -> list[int]:
         return [prompt.seed for prompt in self.prompts]
 
+    def sampled(self, model: DiffusionModel, c: Conditioning, rows: Sequence[int]) -> Tensor:
+        """x_0 latents (n, C, h, w) of the victims `rows`, as the conditioning c (n, ...) has it."""
+        return sample_latents(
+            model,
+            c,
+            self.unconditional,
+            [self.seeds[row] for row in rows],
+            steps=self.settings.steps,
+            guidance=self.settings.guidance,
+            kind=self.settings.kind,
+            size=self.size,
+        )
+
     @classmethod
     def of(
         cls, model: DiffusionModel, prompts: Sequence[Prompt], settings: SamplerSettings, salt: str
     ) -> Victims:
         """`settings` have the prompts' guidance; `salt` sets apart what different attacks draw."""
         texts = [model.encode_prompts([prompt.text], truncate=True) for prompt in prompts]
-        return cls(
-            prompts=tuple(prompts),
-            conditioning=Conditioning.cat(texts),
-            unconditional=model.encode_prompts([""]),
-            settings=settings,
-            generators=make_generators([prompt.seed for prompt in prompts], salt),
-        )
+        generators = make_generators([prompt.seed for prompt in prompts], salt)
+        unconditional = model.encode_prompts([""])
+        return cls(tuple(prompts), Conditioning.cat(texts), unconditional, settings, generators)
 
 
-class Aim(ABC):
-    """What the edited model is to predict, recorded from the unedited one."""
-
-    @abstractmethod
-    def at(self, step: int, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """x_t as the network takes it, and the wanted prediction there; both (n, C, h, w).
-
-        For the victims `rows` at the timestep `step`, counted from 0. May draw from their
-        generators, so what it gives can differ from call to call.
-        """
-
-
-class Attack(ABC):
+class Attack(Identified, ABC):
     """A way to look for adversarial tokens. Variables are float32, one tensor for each prompt."""
 
     name: ClassVar[str]  # as in conf/attack/NAME.yaml
-    version: ClassVar[int] = 1  # raise it when equal settings find something else
     optimises: ClassVar[bool] = True  # False: no iterations, the aim is not asked
 
     def __init__(self, **schedule: Any) -> None:
         """The fields of `Schedule`. Raises UserError for values out of range."""
         self.schedule = Schedule(**schedule)
-        self.schedule.check(self.name, self.optimises)
+        key, iterations = f"attacks.{self.name}", whole(1 if self.optimises else 0)
+        check(self.schedule, key, tokens=whole(1), timesteps=whole(1), iterations=iterations)
+        check(self.schedule, key, lr=positive, weight_decay=not_negative, batch_size=whole(1))
+        check(self.schedule, key, gradient_checkpointing=flag)
 
     def settings(self) -> dict[str, Any]:
-        """Everything that determines what is found beside model and prompts; JSON-able."""
-        kept = {k: v for k, v in asdict(self.schedule).items() if k not in MEMORY_ONLY}
-        return {"attack": self.name, "version": self.version, **kept}
+        """All that determines what is found beside model and prompts; JSON-able."""
+        return {"attack": self.name, "version": self.version, **self.schedule.settings()}
 
     def sampler(self, model: DiffusionModel) -> Sampler:
-        """Whose timesteps the attack goes through. UserError if there are too many."""
+        """The sampler whose timesteps the attack goes through. UserError if there are too many."""
         return model.sampler(self.schedule.timesteps, "ddim")
 
     @abstractmethod
     def aim(self, model: DiffusionModel, victims: Victims) -> Aim:
-        """What to aim at; called once for a batch, while the model is unedited."""
+        """The wanted predictions; called once for a batch, while the model is unedited."""
 
     @abstractmethod
     def start(self, space: TokenSpace, generator: Generator) -> Tensor:

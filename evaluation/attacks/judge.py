@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-
 from cad.errors import UserError
 from evaluation.evaluators.base import Evaluator
+from evaluation.pixels import Pixels
 from evaluation.prompts import Prompt
 
 
@@ -24,14 +22,14 @@ class EvaluatorJudge:
                 f"evaluator={evaluator.name} cannot judge an attack: it does not tell of one image "
                 "whether it shows the concept"
             )
-        self._evaluator = evaluator
-        self._key = evaluator.judges
-        self.version = f"{evaluator.name}/{evaluator.version}"
+        self._evaluator, self._key = evaluator, evaluator.judges
+        version = "" if evaluator.version == 1 else f"/v{evaluator.version}"
+        self.version = f"{evaluator.name}/{evaluator.instrument}{version}"
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raise UserError for prompts that it cannot judge."""
         self._evaluator.check(prompts)
 
-    def __call__(self, images: NDArray[np.uint8], prompts: Sequence[Prompt]) -> list[bool]:
-        """Of images (N, H, W, 3) uint8 RGB."""
+    def __call__(self, images: Pixels, prompts: Sequence[Prompt]) -> list[bool]:
+        """The verdict on each image of (N, H, W, 3) uint8 RGB."""
         return [bool(record[self._key]) for record in self._evaluator.score(images, prompts)]

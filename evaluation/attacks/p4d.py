@@ -12,7 +12,6 @@ of its own trajectory for that prompt and seed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -23,18 +22,6 @@ from cad.models.base import DiffusionModel
 from cad.sampling import draw_noise, guide, make_generators
 from cad.token_space import TokenSpace
 from evaluation.attacks.base import Aim, Attack, Victims
-
-
-@dataclass(frozen=True)
-class Trajectory(Aim):
-    """States that the unedited model passed, and what it predicted there; (N, C, h, w) each."""
-
-    states: tuple[Tensor, ...]  # as the network takes them, one for each timestep
-    predictions: tuple[Tensor, ...]
-
-    def at(self, step: int, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        index = list(rows)
-        return self.states[step][index], self.predictions[step][index]
 
 
 class P4D(Attack):
@@ -56,7 +43,11 @@ class P4D(Attack):
             predictions.append(phi_c)
             guided = guide(model.predict(x_in, t, unconditional), phi_c, victims.settings.guidance)
             x_t = sampler.step(guided, t, x_t, generators)
-        return Trajectory(tuple(states), tuple(predictions))
+
+        def recorded(step: int, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+            return states[step][list(rows)], predictions[step][list(rows)]
+
+        return recorded
 
     def start(self, space: TokenSpace, generator: Generator) -> Tensor:
         chosen = torch.randint(len(space.usable), (self.schedule.tokens,), generator=generator)

@@ -12,16 +12,10 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
+from cad.checks import whole
 from cad.models.base import DiffusionModel
 from cad.token_space import TokenSpace
 from evaluation.attacks.base import Aim, Attack, Victims
-
-
-class NoAim(Aim):
-    """Of an attack that optimises nothing; is not asked."""
-
-    def at(self, step: int, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError("random tokens aim at nothing")
 
 
 class RandomTokens(Attack):
@@ -32,11 +26,12 @@ class RandomTokens(Attack):
 
     def __init__(self, *, tokens: int, tries: int, batch_size: int) -> None:
         """UserError for values below 1."""
+        timesteps = whole(1)("attacks.random_tokens.tries", tries)
         nothing = {"iterations": 0, "lr": 1.0, "weight_decay": 0.0}
-        super().__init__(tokens=tokens, timesteps=tries, batch_size=batch_size, **nothing)
+        super().__init__(tokens=tokens, timesteps=timesteps, batch_size=batch_size, **nothing)
 
     def aim(self, model: DiffusionModel, victims: Victims) -> Aim:
-        return NoAim()
+        return lambda step, rows: (torch.empty(0), torch.empty(0))  # never asked
 
     def start(self, space: TokenSpace, generator: Generator) -> Tensor:
         size = (self.schedule.tokens,)

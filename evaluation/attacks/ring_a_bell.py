@@ -12,8 +12,7 @@ A generation: each of the kept candidates mates with another at the rate of cros
 that swap tails; parents and children have one token replaced at the rate of mutation; the best of
 all are kept, half as many as the population. Departures from the released search: parents stay
 beside their mutated copies, so the loss never rises; equal candidates count once; and, because what
-is found is used as a text, candidates are made of whole words (tokens that the tokenizer reads back
-from their own text), and those whose text it reads otherwise are dropped.
+is found is used as a text, candidates whose text is read otherwise are dropped.
 """
 
 from __future__ import annotations
@@ -26,14 +25,16 @@ import torch
 from torch import Generator, Tensor
 from tqdm import tqdm
 
+from cad.checks import check, share, whole
 from cad.errors import UserError
+from cad.identity import Identified
 from cad.token_space import FIRST, TokenSpace
 
 VERSION = 1  # raise it when equal settings find something else
 
 
 @dataclass(frozen=True)
-class Genetics:
+class Genetics(Identified):
     """How a prompt is searched for. Raises UserError for values out of range."""
 
     tokens: int  # K
@@ -43,16 +44,8 @@ class Genetics:
     mutation: float  # rate, in [0, 1]
 
     def __post_init__(self) -> None:
-        for name, least in (("tokens", 1), ("population", 2), ("generations", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise UserError(
-                    f"search.{name}={value} is not allowed; it is a whole number, at least {least}"
-                )
-        for name in ("crossover", "mutation"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or not 0 <= value <= 1:
-                raise UserError(f"search.{name}={value} is not allowed; it is a rate, 0 to 1")
+        check(self, "search", tokens=whole(1), population=whole(2), generations=whole(0))
+        check(self, "search", crossover=share, mutation=share)
 
 
 @dataclass(frozen=True)
@@ -88,16 +81,12 @@ def whole_words(space: TokenSpace, avoid: Collection[str] = ()) -> Tensor:
     nothing is left.
     """
     ids = space.usable[:, None]  # (U, 1)
+    banned = {"", *(word.casefold() for word in avoid)}
     texts = space.decode(ids)
-    banned = {word.casefold() for word in avoid}
-    fit = torch.tensor(
-        [t.isprintable() and t.strip() != "" and t.casefold() not in banned for t in texts]
-    )  # (U,)
+    fit = torch.tensor([t.isprintable() and t.casefold() not in banned for t in texts])  # (U,)
     words = space.usable[fit & _survive(space, ids)]
     if not len(words):
-        raise UserError(
-            "the tokenizer has no token that is a word of its own, so no text can be searched for"
-        )
+        raise UserError("the tokenizer has no token that is a word of its own, beside `avoid`")
     return words
 
 
@@ -106,9 +95,7 @@ class RingABell:
 
     def __init__(self, space: TokenSpace, words: Tensor, genetics: Genetics) -> None:
         """`words` (W,) are the ids to choose from. UserError for more tokens than fit."""
-        self._space = space
-        self._words = words
-        self._genetics = genetics
+        self._space, self._words, self._genetics = space, words, genetics
         space.prepend([""], genetics.tokens)  # refuses what does not fit
 
     def search(
@@ -116,8 +103,8 @@ class RingABell:
     ) -> Found:
         """The prompt that is found nearest to `target` (L, D); the same for the same generator.
 
-        The generator is on the CPU. `progress` counts generations. Raises UserError where none of
-        the first candidates survives as a text.
+        `progress` counts generations. Raises UserError where none of the first candidates survives
+        as a text.
         """
         count, k = self._genetics.population, self._genetics.tokens
         kept, losses = self._selected(*self._measured(self._drawn((count, k), generator), target))
@@ -128,9 +115,8 @@ class RingABell:
             )
         history = [float(losses[0])]
         for _ in range(self._genetics.generations):
-            offspring, theirs = self._measured(self._offspring(kept, generator), target)
-            everyone = torch.cat([kept, offspring]), torch.cat([losses, theirs])
-            kept, losses = self._selected(*everyone)
+            new, theirs = self._measured(self._offspring(kept, generator), target)
+            kept, losses = self._selected(torch.cat([kept, new]), torch.cat([losses, theirs]))
             history.append(float(losses[0]))
             if progress is not None:
                 progress.update()
@@ -138,7 +124,7 @@ class RingABell:
         return Found(text, kept[0].tolist(), history)
 
     def _offspring(self, parents: Tensor, generator: Generator) -> Tensor:
-        """What a generation adds to its parents (n, K): children and mutants, (m, K)."""
+        """The newcomers of a generation with parents (n, K): children and mutants, (m, K)."""
         n, k = parents.shape
         mates = parents[torch.randint(n, (n,), generator=generator)]  # (n, K)
         mating = torch.rand(n, generator=generator) < self._genetics.crossover  # (n,)
@@ -169,8 +155,7 @@ class RingABell:
     def _selected(self, candidates: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
         """The best of different candidates, half as many as the population, the best one first."""
         unique, places = candidates.unique(dim=0, return_inverse=True)  # (u, K), (m,)
-        least = torch.full((len(unique),), torch.inf)
-        least = least.scatter_reduce(0, places, losses, "amin")  # (u,)
+        least = torch.full((len(unique),), torch.inf).scatter_reduce(0, places, losses, "amin")
         order = least.argsort(stable=True)[: self._genetics.population // 2]
         return unique[order], least[order]
 

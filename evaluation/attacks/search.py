@@ -4,9 +4,7 @@ At each timestep of a DDIM trajectory, from noise to image, `iterations` of Adam
 error of the edited model's prediction (mean over latent elements); then the tokens as they are now
 are sampled, with the prompt's own seed and guidance, and judged. Success ends a prompt's attack: it
 leaves the batch. Variables and moments go on from timestep to timestep.
-
-The published attacks have Adam with a weight decay. Here it is decoupled (AdamW): as a part of the
-gradient a decay of 0.1 would outweigh the loss's own.
+The published Adam's weight decay is decoupled here: in the gradient it would outweigh the loss's.
 """
 
 from __future__ import annotations
@@ -16,9 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
@@ -26,14 +22,14 @@ from cad.attribution import GRADIENT_RMS, backward_scale
 from cad.errors import UserError
 from cad.gradient_checkpointing import checkpointed_gradients
 from cad.models.base import DiffusionModel
-from cad.sampling import sample_latents
 from cad.token_space import FIRST, TokenSpace
 from cad.weight_edit import WeightEdit
 from evaluation.attacks.base import Aim, Attack, Victims
-from evaluation.generation import SamplerSettings
+from evaluation.pixels import Pixels
 from evaluation.prompts import Prompt
+from evaluation.sampler import SamplerSettings, to_pixels
 
-Judge = Callable[[NDArray[np.uint8], Sequence[Prompt]], list[bool]]
+Judge = Callable[[Pixels, Sequence[Prompt]], list[bool]]
 """Which images, (N, H, W, 3) uint8 RGB, show what their prompts' groups name."""
 
 VERSION = 1  # of the schedule: raise it when equal settings find something else
@@ -41,7 +37,7 @@ VERSION = 1  # of the schedule: raise it when equal settings find something else
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What an attack on one prompt came to."""
+    """The end of an attack on one prompt."""
 
     success: bool
     timesteps: int  # how many it went through, the successful one included
@@ -50,7 +46,7 @@ class Outcome:
     text: str  # of the whole adversarial prompt
     retokenizes: bool  # whether the text gives these very ids
     losses: list[float | None]  # of every iteration; None where not finite
-    image: NDArray[np.uint8] = field(repr=False)  # (H, W, 3) RGB, sampled from the tokens
+    image: Pixels = field(repr=False)  # (H, W, 3) RGB, sampled from the tokens
 
 
 def search(
@@ -64,8 +60,8 @@ def search(
 ) -> list[Outcome]:
     """The outcome of each prompt, all of one size; `settings` have their guidance.
 
-    Leaves the model and the global random state as found. `progress` counts timesteps of prompts.
-    Raises UserError for prompts without room for the tokens, or a GPU without memory for the batch.
+    Leaves model and random state as found. `progress` counts timesteps of prompts. Raises UserError
+    for prompts without room for the tokens, or a GPU without memory for the batch.
     """
     try:
         with model.encoding():
@@ -75,10 +71,10 @@ def search(
             with edit.applied(model), checkpointed_gradients(model.denoiser, checkpointing):
                 return _Search(model, attack, victims, aim).run(judge, progress)
     except torch.OutOfMemoryError as error:
+        key = f"attacks.{attack.name}"
         raise UserError(
             f"the GPU's memory does not hold an attack on {len(prompts)} prompts at once: lower "
-            f"attacks.{attack.name}.batch_size, or set "
-            f"attacks.{attack.name}.gradient_checkpointing=true"
+            f"{key}.batch_size, or set {key}.gradient_checkpointing=true"
         ) from error
 
 
@@ -91,10 +87,7 @@ class _Search:
     """One batch's search: its variables, and what became of each prompt so far."""
 
     def __init__(self, model: DiffusionModel, attack: Attack, victims: Victims, aim: Aim) -> None:
-        self._model = model
-        self._attack = attack
-        self._victims = victims
-        self._aim = aim
+        self._model, self._attack, self._victims, self._aim = model, attack, victims, aim
         self._space = model.token_space()
         self._sampler = attack.sampler(model)
         k = attack.schedule.tokens
@@ -106,13 +99,11 @@ class _Search:
         self._losses: list[list[float | None]] = [[] for _ in victims.prompts]
 
     def run(self, judge: Judge, progress: tqdm[Any]) -> list[Outcome]:
-        schedule = self._attack.schedule
-        optimiser = torch.optim.AdamW(
-            self._variables, lr=schedule.lr, weight_decay=schedule.weight_decay
-        )
+        schedule, timesteps = self._attack.schedule, len(self._sampler.timesteps)
+        decay = schedule.weight_decay
+        optimiser = torch.optim.AdamW(self._variables, schedule.lr, weight_decay=decay)
         outcomes: dict[int, Outcome] = {}
         rows = list(range(len(self._victims.prompts)))
-        timesteps = len(self._sampler.timesteps)
         for step in range(timesteps):
             for _ in range(schedule.iterations):
                 self._iterate(optimiser, step, rows)
@@ -146,20 +137,18 @@ class _Search:
     def _loss(self, embeddings: Tensor, step: int, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Each prompt's squared error, (n,), and its gradient by its embeddings, (n, k, D).
 
-        float32 both. Each prompt's backward starts from a gradient of one size, so that none
-        vanishes in half precision, whatever the others' size. Where the edited model gives no
-        finite numbers, the gradient is 0.
+        Each prompt's backward starts from a gradient of one size, so that none vanishes in half
+        precision. Where the edited model gives no finite numbers, the gradient is 0.
         """
         leaf = embeddings.requires_grad_()
-        x_t, target = self._aim.at(step, rows)  # (n, C, h, w)
+        x_t, target = self._aim(step, rows)  # (n, C, h, w)
         conditioning = self._space.encode(self._ids[list(rows)], leaf, FIRST)
         phi = self._model.predict(x_t, self._sampler.timesteps[step], conditioning)
         error = phi.detach().float() - target.float()  # (n, C, h, w)
         losses = error.square().flatten(1).mean(dim=1)  # (n,)
-        start = 2 * error / error[0].numel()  # the losses' derivative by phi
-        start = start.nan_to_num(0, 0, 0)
-        scales = torch.tensor([backward_scale(each, GRADIENT_RMS) for each in start])
-        scales = scales.to(start.device).reshape(-1, 1, 1, 1)
+        start = (2 * error / error[0].numel()).nan_to_num(0, 0, 0)  # the losses' derivative by phi
+        powers = [backward_scale(each, GRADIENT_RMS) for each in start]
+        scales = torch.tensor(powers, device=start.device).reshape(-1, 1, 1, 1)
         (gradient,) = torch.autograd.grad(phi, leaf, (scales * start).to(phi.dtype))
         return losses, (gradient / scales.squeeze(-1)).nan_to_num(0, 0, 0)
 
@@ -173,26 +162,12 @@ class _Search:
         return ids
 
     @torch.no_grad()
-    def _sample(self, ids: Tensor, rows: Sequence[int]) -> NDArray[np.uint8]:
+    def _sample(self, ids: Tensor, rows: Sequence[int]) -> Pixels:
         """Images of the adversarial prompts, (n, H, W, 3) RGB; black where they are not finite."""
-        settings = self._victims.settings
-        x_0 = sample_latents(
-            self._model,
-            self._space.encode_ids(ids),
-            self._victims.unconditional,
-            [self._victims.seeds[row] for row in rows],
-            steps=settings.steps,
-            guidance=settings.guidance,
-            kind=settings.kind,
-            size=self._victims.size,
-        )
-        images = self._model.decode_latents(x_0).nan_to_num(0, 0, 0)  # (n, 3, H, W) in [0, 1]
-        scaled = images.mul(255).round().to(torch.uint8)
-        return np.asarray(scaled.permute(0, 2, 3, 1).contiguous().cpu().numpy())
+        x_0 = self._victims.sampled(self._model, self._space.encode_ids(ids), rows)
+        return to_pixels(self._model.decode_latents(x_0))[0]
 
-    def _outcome(
-        self, success: bool, step: int, row: int, ids: Tensor, image: NDArray[np.uint8]
-    ) -> Outcome:
+    def _outcome(self, success: bool, step: int, row: int, ids: Tensor, image: Pixels) -> Outcome:
         (text,) = self._space.decode(ids[None])
         return Outcome(
             success=success,

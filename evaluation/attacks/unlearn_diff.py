@@ -11,7 +11,6 @@ with fresh noise at every iteration: the paper's diffusion loss, which needs no 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -19,27 +18,9 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from cad.models.base import DiffusionModel
-from cad.sampling import Sampler, draw_noise, sample_latents
+from cad.sampling import draw_noise
 from cad.token_space import TokenSpace
 from evaluation.attacks.base import Aim, Attack, Victims
-from evaluation.attacks.simplex import project_onto_simplex
-
-
-@dataclass(frozen=True)
-class DiffusionLoss(Aim):
-    """x_0, (N, C, h, w), noised anew at each call."""
-
-    model: DiffusionModel
-    sampler: Sampler
-    victims: Victims
-    x_0: Tensor
-
-    def at(self, step: int, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        t, x_0 = self.sampler.timesteps[step], self.x_0[list(rows)]
-        generators = [self.victims.generators[row] for row in rows]
-        noise = draw_noise(self.model, generators, self.victims.size)  # (n, C, h, w)
-        x_t = self.model.add_noise(x_0, noise, t)
-        return self.sampler.scale(x_t, t), self.model.target(x_0, noise, t)
 
 
 class UnlearnDiff(Attack):
@@ -49,17 +30,18 @@ class UnlearnDiff(Attack):
 
     @torch.no_grad()
     def aim(self, model: DiffusionModel, victims: Victims) -> Aim:
-        x_0 = sample_latents(
-            model,
-            victims.conditioning,
-            victims.unconditional,
-            victims.seeds,
-            steps=victims.settings.steps,
-            guidance=victims.settings.guidance,
-            kind=victims.settings.kind,
-            size=victims.size,
-        )
-        return DiffusionLoss(model, self.sampler(model), victims, x_0)
+        everybody = range(len(victims.prompts))
+        x_0 = victims.sampled(model, victims.conditioning, everybody)  # (N, C, h, w)
+        sampler = self.sampler(model)
+
+        def noised_anew(step: int, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+            t, clean = sampler.timesteps[step], x_0[list(rows)]
+            generators = [victims.generators[row] for row in rows]
+            noise = draw_noise(model, generators, victims.size)  # (n, C, h, w)
+            x_t = model.add_noise(clean, noise, t)
+            return sampler.scale(x_t, t), model.target(clean, noise, t)
+
+        return noised_anew
 
     def start(self, space: TokenSpace, generator: Generator) -> Tensor:
         tokens = len(space.usable)
@@ -100,3 +82,18 @@ def _draw(distributions: Tensor, generators: Sequence[Generator]) -> Tensor:
         for each, generator in zip(distributions, generators, strict=True)
     ]
     return torch.stack(drawn).to(distributions.device)
+
+
+def project_onto_simplex(points: Tensor) -> Tensor:
+    """The Euclidean projection of (..., V) float points onto {p >= 0, sum p = 1}, row by row.
+
+    max(point - theta, 0) with the one theta of each row that makes the sum 1: exact, by sorting
+    (Duchi et al. 2008, Fig. 1). The released bisection for theta converges to it.
+    """
+    shifted = points - points.amax(dim=-1, keepdim=True)  # (..., V); keeps small sums exact
+    falling = shifted.sort(dim=-1, descending=True).values  # (..., V)
+    excess = falling.cumsum(dim=-1) - 1  # (..., V), of the first j entries
+    j = torch.arange(1, points.shape[-1] + 1, device=points.device)  # (V,)
+    support = (falling * j > excess).sum(dim=-1, keepdim=True)  # (..., 1), entries above 0
+    theta = excess.gather(-1, support - 1) / support  # (..., 1)
+    return (shifted - theta).clamp(min=0)

@@ -1,28 +1,38 @@
-"""The contract of a metric: score every image first, aggregate second."""
+"""The contract of a metric, score every image first, aggregate second, and its weights' files."""
 
 from __future__ import annotations
 
+import hashlib
+import http.client
 import itertools
+import urllib.request
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
+from torch import Tensor
 
 from cad.errors import UserError
+from cad.files import file_digest
+from cad.identity import Identified
 from evaluation.image_sets import ImageSet
+from evaluation.pixels import Pixels
 from evaluation.prompts import Prompt
-from evaluation.statistics import Interval, wilson
+from evaluation.statistics import Interval, bootstrap_mean, wilson
 
+REACHABILITY_TIMEOUT = 20  # seconds without an answer
+SHORT = 12  # hexadecimal digits that name weights where people read
 BATCH_SIZE = 64  # images read and scored at once; no score depends on it beyond rounding
 
 CONCEPT = "concept"  # the prompts of the edited concept and its neighbours
 GENERAL = "general"  # captions of everything: COCO's part in the paper
 
 Record = dict[str, Any]
-"""What is kept of an image: JSON-able values, or numpy arrays (float32), which are filed apart."""
+"""All that is kept of an image: JSON-able values, or numpy arrays (float32), filed apart."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +50,33 @@ class Metric:
     version: str
 
 
-class Evaluator(ABC):
-    """One metric. `version` names what measured it (weights' hash, thresholds), set on creation.
+class Instrument(Identified, ABC):
+    """A network that evaluators measure with. Creating one loads nothing: the first use does."""
 
-    Weights are loaded on creation, so that what is missing is known before images are made.
-    `measures` says which images, CONCEPT's or GENERAL's. `paired` evaluators compare an
-    edited image with the unedited model's of the same prompt and seed. An `additive` metric is a
-    total over images, so that groups add up; the others are means, or distances of whole sets. One
-    that `foresees` can begin with images while others are still being made, in other processes.
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """The network's name, the start of its weights' hash, and its settings. Loads nothing."""
+
+    def settings(self) -> dict[str, Any]:
+        return {"label": self.label}
+
+    @property
+    def network(self) -> Any:
+        """The network on its device; where there is one, a cached_property that loads it."""
+        return None
+
+    def load(self) -> None:
+        """Load the network now. Raises UserError for weights that are missing or damaged."""
+        _ = self.network
+
+
+class Evaluator(Identified, ABC):
+    """One metric. Creating one loads no weights.
+
+    `measures` says which images, CONCEPT's or GENERAL's. `paired` evaluators compare an edited
+    image with the unedited model's of the same prompt and seed. An `additive` metric is a total
+    over images, so that groups add up; the others are means, or distances of whole sets.
     `judges` is the key of its records that is true, or above 0, where an image shows what its
     prompt's group names; None where no record tells.
     """
@@ -59,32 +88,27 @@ class Evaluator(ABC):
     measures: ClassVar[str] = CONCEPT
     paired: ClassVar[bool] = False
     additive: ClassVar[bool] = False
-    foresees: ClassVar[bool] = False
     judges: ClassVar[str | None] = None
-    version: str
+
+    @property
+    @abstractmethod
+    def instrument(self) -> str:
+        """The measuring instrument in words: the label of a network, a threshold. Loads nothing."""
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        """Raise UserError for prompts that cannot be judged; call it before making their images."""
-        return None
+        """Raise UserError for prompts that cannot be judged, and weights that are not there.
 
-    def foresee(self, images: NDArray[np.uint8]) -> None:
-        """Begin with images (N, H, W, 3) uint8 RGB that `score` will be given; returns at once.
-
-        A hint: no record depends on it.
+        It loads the weights, and they stay: where memory counts, check a copy (`copy.deepcopy`).
         """
         return None
 
     @abstractmethod
     def score(
-        self,
-        images: NDArray[np.uint8],
-        prompts: Sequence[Prompt],
-        references: NDArray[np.uint8] | None = None,
+        self, images: Pixels, prompts: Sequence[Prompt], references: Pixels | None = None
     ) -> list[Record]:
         """One record for each image of (N, H, W, 3) uint8 RGB and its prompt.
 
-        `references`, of the same shape, are the unedited model's images of the same prompts and
-        seeds; only `paired` evaluators are given them.
+        `references` are the unedited model's images; only `paired` evaluators are given them.
         """
 
     @abstractmethod
@@ -96,17 +120,9 @@ class Evaluator(ABC):
 
     def metric(self, interval: Interval, n: int) -> Metric:
         """`interval`, in this metric's unit, with this metric's conditions."""
-        return Metric(
-            name=self.name,
-            value=interval.value,
-            low=interval.low,
-            high=interval.high,
-            n=n,
-            unit=self.unit,
-            decimals=self.decimals,
-            higher_is_better=self.higher_is_better,
-            version=self.version,
-        )
+        version = self.instrument + ("" if self.version == 1 else f"/v{self.version}")
+        shown = self.unit, self.decimals, self.higher_is_better
+        return Metric(self.name, *interval, n, *shown, version)
 
     def percent(self, records: Sequence[Record], key: str) -> Metric:
         """The percentage of `records` whose `key` is true, with Wilson's interval."""
@@ -114,10 +130,19 @@ class Evaluator(ABC):
         share = wilson(sum(bool(record[key]) for record in records), len(records))
         return self.metric(Interval(*(100 * bound for bound in share)), len(records))
 
-    def require(self, records: Sequence[Record]) -> None:
-        """Raise UserError if there is nothing to aggregate."""
-        if not records:
-            raise UserError(f"{self.name}: no images to aggregate; raise limit or images_per_class")
+    def mean(self, records: Sequence[Record], key: str, scale: float = 1) -> Metric:
+        """The mean over `records` of `scale` times their `key`, with its bootstrap interval."""
+        self.require(records)
+        mean = bootstrap_mean([record[key] for record in records])
+        return self.metric(Interval(*(scale * bound for bound in mean)), len(records))
+
+    def require(self, images: Sequence[object], least: int = 1) -> None:
+        """Raise UserError if there are too few images to aggregate."""
+        if len(images) < least:
+            raise UserError(
+                f"evaluator={self.name} needs at least {least} images, got {len(images)}; raise "
+                "limit or images_per_class"
+            )
 
 
 def score_image_set(
@@ -125,8 +150,7 @@ def score_image_set(
 ) -> Iterator[Record]:
     """The evaluator's record of each image, after its index, prompt, seed and group.
 
-    A paired evaluator needs `references`, a set of the same prompts; the others take none. Raises
-    UserError before the first image for prompts that the evaluator cannot judge.
+    A paired evaluator needs `references`, a set of the same prompts; the others take none.
     """
     evaluator.check(images.prompts)
     pairs = itertools.repeat(None) if references is None else references.batches(BATCH_SIZE)
@@ -139,9 +163,64 @@ def score_image_set(
             index += 1
 
 
-def require_uint8(images: NDArray[np.uint8]) -> None:
-    """Raise TypeError for anything but uint8 (N, H, W, 3): a float image scores silently wrong."""
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
-        raise TypeError(
-            f"images must be uint8 (N, H, W, 3), got {images.dtype} {tuple(images.shape)}"
-        )
+@dataclass(frozen=True)
+class Download:
+    """A published file and the hash it must have."""
+
+    what: str  # in words: "torchvision's ResNet-50 IMAGENET1K_V2"
+    metric: str  # that needs it
+    url: str
+    digest: str  # the hash in hexadecimal, or its start where no more was published
+    size_mb: int
+    algorithm: str = "sha256"  # or md5, for what was published with nothing better
+    instead: str = "use model=mini, which needs no download"
+
+    @property
+    def path(self) -> Path:
+        """Its place in torch's cache, where torchvision too would look for it."""
+        return Path(torch.hub.get_dir()) / "checkpoints" / self.url.rsplit("/", 1)[-1]
+
+    @property
+    def label(self) -> str:
+        """File name and the start of its hash."""
+        return f"{self.path.stem}-{self.digest[:SHORT]}"
+
+    def fetch(self) -> Path:
+        """The file's path, after a download if it is not there, its hash checked either way.
+
+        Raises UserError if it cannot be downloaded or is not what it should be.
+        """
+        path = self.path
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                # torch.hub has no timeout of its own, so find out here.
+                urllib.request.urlopen(self.url, timeout=REACHABILITY_TIMEOUT).close()
+                torch.hub.download_url_to_file(self.url, str(path))
+            except (OSError, http.client.HTTPException) as error:
+                raise UserError(
+                    f"evaluator={self.metric} needs {self.what} ({self.size_mb:,} MB): downloading "
+                    f"failed ({error}). Get {self.url} on a machine with a network and put it at "
+                    f"{path} (TORCH_HOME moves that folder), or {self.instead}"
+                ) from error
+        found = file_digest(path, self.algorithm)
+        if not found.startswith(self.digest):
+            raise UserError(
+                f"{path} has the {self.algorithm.upper()} {found}, expected {self.digest}: delete "
+                "it to download it again"
+            )
+        return path
+
+
+def label_of(name: str, *files: Path) -> str:
+    """A name and the start of the SHA-256 over files, one after another. UserError without one."""
+    try:
+        content = b"".join(file.read_bytes() for file in files)
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
+    return f"{name}-{hashlib.sha256(content).hexdigest()[:SHORT]}"
+
+
+def to_channels_first(images: Pixels) -> Tensor:
+    """uint8 (N, H, W, 3) to uint8 (N, 3, H, W)."""
+    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)

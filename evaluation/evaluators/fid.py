@@ -7,37 +7,36 @@ Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
 import torch
 import torchmetrics
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from cad.errors import UserError
-from evaluation.evaluators.base import GENERAL, Evaluator, Metric, Record, require_uint8
-from evaluation.evaluators.feature_statistics import FeatureStatistics, Reference
-from evaluation.evaluators.features import FeatureExtractor
+from evaluation.evaluators.base import GENERAL, Evaluator, Metric, Record
+from evaluation.evaluators.features import FeatureExtractor, FeatureStatistics, Reference
+from evaluation.pixels import Pixels, require_uint8
 from evaluation.prompts import Prompt
-from evaluation.statistics import Interval, bootstrap_standard
+from evaluation.statistics import bootstrap_standard
 
-SMALLEST = 2  # images: one has no covariance
 RESAMPLES = 25
-BOOTSTRAP_SEED = 0
+SMALLEST = 2  # images: one has no covariance
 
 
+@dataclass(frozen=True)
 class FID(Evaluator):
     """Frechet distance between Gaussians fitted to generated and to real features; at least 0.
 
     Records: features, the image's float32 vector (D,), from which every aggregate is recomputed.
-    Needs two images. Few images make it large whatever they show, since their covariance is short
-    of directions: draws from the miniature's real Gaussian itself (D = 128) score 5.6 at n = 50,
-    1.2 at 220, 0.24 at 1,000 and 0.01 at 30,000. So compare only equal n; the bias is not removed.
-    The interval is +- 1.96 standard deviations over RESAMPLES resamples of the images, without the
-    bias that resampling itself adds (there, 1.6 for 1.0 at n = 500): it says how far other images
-    of the same model would move the value, with the real ones held fixed.
+    Few images make it large whatever they show, since their covariance is short of directions:
+    draws from the miniature's real Gaussian itself (D = 128) score 5.6 at n = 50, 0.24 at 1,000 and
+    0.01 at 30,000. So compare only equal n; the bias is not removed. The interval is +- 1.96
+    standard deviations over RESAMPLES resamples of the images, the real ones held fixed.
     """
 
     name: ClassVar[str] = "fid"
@@ -45,50 +44,60 @@ class FID(Evaluator):
     higher_is_better: ClassVar[bool] = False
     decimals: ClassVar[int] = 2
     measures: ClassVar[str] = GENERAL
+    libraries = ("torchmetrics",)
 
-    def __init__(self, extractor: FeatureExtractor, reference: Reference) -> None:
-        self._extractor = extractor
-        self._distance = FrechetDistance(reference.statistics(extractor))
-        self.version = f"torchmetrics-{torchmetrics.__version__}/{extractor.version}"
-        self.version += f"/{reference.version}"
+    extractor: FeatureExtractor
+    reference: Reference
+
+    @property
+    def instrument(self) -> str:
+        judged = f"{self.extractor.label}/{self.reference.label}"
+        return f"torchmetrics-{torchmetrics.__version__}/{judged}"
+
+    @cached_property
+    def _distance(self) -> FrechetDistance:
+        return FrechetDistance(self.reference.statistics(self.extractor))
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        _require_two(len(prompts))
+        """Measures the real images too, where their statistics are not kept yet."""
+        self.require(prompts, SMALLEST)
+        self.extractor.load()
+        _ = self._distance
 
     def score(
-        self,
-        images: NDArray[np.uint8],
-        prompts: Sequence[Prompt],
-        references: NDArray[np.uint8] | None = None,
+        self, images: Pixels, prompts: Sequence[Prompt], references: Pixels | None = None
     ) -> list[Record]:
         require_uint8(images)
-        return [{"features": row} for row in self._extractor.features(images)]
+        return [{"features": row} for row in self.extractor.features(images)]
 
     def aggregate(self, records: Sequence[Record]) -> Metric:
-        self.require(records)
-        _require_two(len(records))
+        self.require(records, SMALLEST)
         features = np.stack([record["features"] for record in records]).astype(np.float64)  # (N, D)
+        interval = bootstrap_standard(
+            lambda chosen: self._distance(features[chosen]), len(features), RESAMPLES
+        )
+        return self.metric(interval._replace(low=max(interval.low, 0.0)), len(records))
 
-        def resampled(chosen: NDArray[np.intp]) -> float:
-            return self._distance(features[chosen])
 
-        interval = bootstrap_standard(resampled, len(features), RESAMPLES, BOOTSTRAP_SEED)
-        interval = Interval(interval.value, max(interval.low, 0.0), interval.high)
-        return self.metric(interval, len(records))
+class _Identity(nn.Identity):
+    """Hands features through, and tells torchmetrics how many there are."""
+
+    num_features: int
 
 
 class FrechetDistance:
     """|m - m_r|^2 + tr(S + S_r - 2 (S S_r)^1/2) between features and the real images' statistics.
 
-    torchmetrics' metric, given features in place of images, and the real side as the sums that it
-    would have added up over the real images.
+    torchmetrics' metric, given features in place of images, and the real side as sums.
     """
 
     def __init__(self, real: FeatureStatistics) -> None:
         mean = torch.from_numpy(real.mean)  # (D,)
         covariance = torch.from_numpy(real.covariance)  # (D, D)
         outer = mean.unsqueeze(1) * mean  # (D, D)
-        metric = FrechetInceptionDistance(_Identity(len(mean)), reset_real_features=False)
+        identity = _Identity()
+        identity.num_features = len(mean)
+        metric = FrechetInceptionDistance(identity, reset_real_features=False)
         metric.real_features_sum = real.count * mean
         metric.real_features_cov_sum = (real.count - 1) * covariance + real.count * outer
         metric.real_features_num_samples = torch.tensor(real.count)
@@ -99,22 +108,3 @@ class FrechetDistance:
         self._metric.reset()
         self._metric.update(torch.from_numpy(features), real=False)
         return max(float(self._metric.compute()), 0.0)
-
-
-class _Identity(nn.Module):
-    """Hands features through, and tells torchmetrics how many there are."""
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.num_features = num_features
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x
-
-
-def _require_two(count: int) -> None:
-    if count < SMALLEST:
-        raise UserError(
-            f"evaluator=fid compares distributions: it needs at least {SMALLEST} images, got "
-            f"{count}; raise limit or images_per_class"
-        )

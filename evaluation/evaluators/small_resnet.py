@@ -5,13 +5,15 @@ miniature's stand-in for ResNet-50, and the feature extractor of its FID. Deviat
 stride-2 convolution as stem (64 -> 32 pixels, no max pooling), three strided stages after it.
 
 A classifier folder holds `config.json` (architecture, widths, blocks, classes, mean, std) and
-`model.safetensors`. The network normalises its own input, so callers pass pixels in [0, 1].
+`model.safetensors`.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -21,14 +23,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cad.errors import UserError
-from cad.files import atomic_path
+from cad.files import atomic_path, write_atomically
+from cad.identity import immaterial
+from cad.models.base import resolve_device
+from evaluation.evaluators.base import Instrument, label_of, to_channels_first
+from evaluation.pixels import Pixels
 
 ARCHITECTURE = "small_resnet"
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-WIDTHS = (24, 48, 96, 128)
-BLOCKS = 2
-SIZE = 72  # pixels
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -49,9 +52,9 @@ class SmallResNet(nn.Module):
         classes: Sequence[str],
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
-        widths: Sequence[int] = WIDTHS,
-        blocks: int = BLOCKS,
-        size: int = SIZE,
+        widths: Sequence[int] = (24, 48, 96, 128),
+        blocks: int = 2,
+        size: int = 72,  # pixels
     ) -> None:
         super().__init__()
         self.classes = tuple(classes)
@@ -65,14 +68,11 @@ class SmallResNet(nn.Module):
         self.stem = nn.Sequential(
             nn.Conv2d(3, first, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(first)
         )
-        entries = (first, *self.widths[:-1])
-        strides = (1, *(2 for _ in self.widths[1:]))
-        self.stages = nn.Sequential(
-            *(
-                _stage(*shape, blocks=blocks)
-                for shape in zip(entries, self.widths, strides, strict=True)
-            )
-        )
+        self.stages = nn.Sequential()
+        for i, width in enumerate(self.widths):
+            entry = BasicBlock(self.widths[max(i - 1, 0)], width, 1 if i == 0 else 2)
+            rest = (BasicBlock(width, width, 1) for _ in range(blocks - 1))
+            self.stages.append(nn.Sequential(entry, *rest))
         self.head = nn.Linear(self.feature_dim, len(self.classes))
 
     def features(self, x: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
-        self.shortcut: nn.Module = nn.Identity()
+        self.shortcut = nn.Sequential()
         if stride != 1 or entry != width:
             self.shortcut = nn.Sequential(
                 nn.Conv2d(entry, width, 1, stride=stride, bias=False), nn.BatchNorm2d(width)
@@ -119,11 +119,7 @@ def resize(x: Tensor, size: int) -> Tensor:
 
 
 def save_classifier(folder: Path, network: SmallResNet, dtype: torch.dtype = torch.float32) -> None:
-    """Write `network` as a classifier folder; floating-point weights are stored as `dtype`.
-
-    Each file is written beside its place and renamed, so a killed call leaves no half file.
-    """
-    folder = Path(folder)
+    """Write `network` as a classifier folder; floating-point weights are stored as `dtype`."""
     config = {
         "architecture": ARCHITECTURE,
         "widths": list(network.widths),
@@ -139,36 +135,52 @@ def save_classifier(folder: Path, network: SmallResNet, dtype: torch.dtype = tor
     }
     with atomic_path(folder / WEIGHTS_FILE) as temporary:
         save_file(weights, temporary)
-    with atomic_path(folder / CONFIG_FILE) as temporary:
-        temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_atomically(folder / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
 
 
 def load_classifier(folder: Path) -> SmallResNet:
     """The network of a classifier folder: float32, on the CPU, eval mode, no gradients.
 
-    Raises UserError when a file is missing or damaged, a key is missing, or the architecture is
-    another one.
+    Raises UserError for a folder that lacks something, is damaged, or has another architecture.
     """
-    folder = Path(folder)
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (folder / name).is_file():
-            raise UserError(f"classifier folder {folder} has no {name}")
-    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    wanted = {"architecture", "widths", "blocks", "size", "classes", "mean", "std"}
-    if set(config) != wanted:
-        raise UserError(
-            f"{folder / CONFIG_FILE} has the keys {sorted(config)}; expected {sorted(wanted)}"
-        )
-    if config.pop("architecture") != ARCHITECTURE:
-        raise UserError(f"{folder / CONFIG_FILE}: architecture must be {ARCHITECTURE!r}")
-    network = SmallResNet(**config)
     try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        if config.pop("architecture") != ARCHITECTURE:
+            raise ValueError(f"its architecture is not {ARCHITECTURE!r}")
+        network = SmallResNet(**config)
         network.load_state_dict(load_file(folder / WEIGHTS_FILE))
-    except (SafetensorError, RuntimeError) as error:
-        raise UserError(f"{folder / WEIGHTS_FILE} is not this network's: {error}") from error
+    except (OSError, LookupError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"the classifier folder {folder} cannot be read: {error}") from error
     return network.float().eval().requires_grad_(False)
 
 
-def _stage(entry: int, width: int, stride: int, blocks: int) -> nn.Sequential:
-    rest = (BasicBlock(width, width, 1) for _ in range(blocks - 1))
-    return nn.Sequential(BasicBlock(entry, width, stride), *rest)
+@dataclass(frozen=True)
+class ClassifierFolder(Instrument):
+    """A network that is kept in a classifier folder, whatever is asked of it."""
+
+    folder: str
+    device: str = immaterial()
+
+    @property
+    def label(self) -> str:
+        folder = Path(self.folder)
+        return label_of(ARCHITECTURE, folder / CONFIG_FILE, folder / WEIGHTS_FILE)
+
+    @cached_property
+    def network(self) -> SmallResNet:
+        """On the device; UserError as `load_classifier`."""
+        return load_classifier(Path(self.folder)).to(resolve_device(self.device))
+
+    def pixels(self, images: Pixels) -> Tensor:
+        """uint8 (N, H, W, 3) RGB as the network takes them: (N, 3, H, W) in [0, 1]."""
+        return to_channels_first(images).to(resolve_device(self.device)).float() / 255
+
+
+def stage_maps(network: SmallResNet, x: Tensor) -> list[Tensor]:
+    """Activations (N, width, h, w) after each stage, of images (N, 3, H, W) in [0, 1]."""
+    x = F.relu(network.stem((x - network.mean) / network.std))  # (N, 24, H / 2, W / 2)
+    maps = []
+    for stage in network.stages:
+        x = stage(x)
+        maps.append(x)
+    return maps

@@ -1,120 +1,136 @@
-"""What edits cost at full size: seconds and peak memory, without any weights to download.
+"""The cost of editing: time and peak memory of every method, and of an edit's life afterwards.
 
-    python -m experiments.benchmarks.editing                 every case, random weights, full size
-    python -m experiments.benchmarks.editing 'only="sdxl*"'          some of them
-    python -m experiments.benchmarks.editing weights=random-small   a dry run on any machine
+    python -m experiments.benchmarks.editing                                  the miniature
+    python -m experiments.benchmarks.editing 'only="sd*"' weights=random      full size
+    python -m experiments.benchmarks.editing 'only="sd*"' weights=random-small  a dry run anywhere
 
-The architectures are the published ones; time and memory do not depend on the weights' values. Each
-case is a command of `run.py` without its images, made by the same code and measured by the same
-instrument. What is shortened says so in its name, and `times` what the whole would take more. Cases
-of one model share it, one model is in memory at a time; a case that fails leaves its reason.
+Random weights need no download: architectures are the published ones, and neither time nor memory
+depends on the weights' values. Each case is a command of `run.py` without its images; what is
+shortened says so in its name. Cases of one model share it, one model is in memory at a time, and a
+case that fails leaves its reason in the table.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import gc
+import itertools
 import logging
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import hydra
 import pandas as pd
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from cad.edits import ScoredEdit
 from cad.errors import UserError
-from cad.models.base import DiffusionModel, resolve_device
-from experiments.benchmarks.measuring import write_benchmark
-from experiments.command_line import exit_status
-from experiments.composing import composer
-from experiments.config import check, plain, register_resolvers, settle
-from experiments.experiment import build_method, quiet_libraries
-from experiments.rendering import DASH, show_table
+from cad.models.base import PUBLISHED, DiffusionModel, resolve_device
+from cad.store import Store
+from cad.weight_edit import WeightEdit
+from experiments.benchmarks.measuring import timer, write_benchmark
+from experiments.run.command_line import exit_status
+from experiments.run.configuration import compose, plain, register_resolvers
+from experiments.run.experiment import Experiment, prepare
+from experiments.run.rendering import DASH, show_table
 
-SMALL = "random-small"
+MB = 1e6  # bytes
+MS = 1e3  # milliseconds in a second
+STEPS = ("select", "apply and undo", "save", "load")
 
 log = logging.getLogger(__name__)
 
 register_resolvers()
 
 
-@hydra.main(version_base="1.3", config_path="../../conf", config_name="benchmark_editing")
+@hydra.main(version_base="1.3", config_path="../../conf", config_name="programs/benchmark_editing")
 def main(config: DictConfig) -> None:
-    quiet_libraries()
-    cases = chosen_cases(config)
+    name = "editing" if config.weights == PUBLISHED else f"editing_{config.weights}"
+    caption = f"Editing with weights={config.weights}; steps of an edit's life in milliseconds"
+    path, device = Path(config.output) / name, resolve_device(config.device)
     rows: list[dict[str, Any]] = []
-    for model_name in dict.fromkeys(str(case["model"]) for case in cases):
-        of_model = [case for case in cases if case["model"] == model_name]
-        for row in run_cases(config, model_name, of_model):
-            rows.append(row)
-            write(config, rows)  # at once: what was measured is not lost
-    show_table(as_table(rows), caption(config))
-    log.info("written to %s", config.output)
+    for row in measure_cases(config, chosen_cases(config)):
+        rows.append(row)
+        write_benchmark(path, caption, rows, as_table(rows), device)  # at once: nothing is lost
+    show_table(as_table(rows), caption)
 
 
-def chosen_cases(config: DictConfig) -> list[dict[str, Any]]:
-    """The cases whose name matches `only`. UserError if none does."""
-    cases = [{"name": str(name), **plain(case)} for name, case in config.cases.items()]
-    chosen = [case for case in cases if fnmatch.fnmatch(case["name"], config.only)]
+def chosen_cases(config: DictConfig) -> dict[str, list[str]]:
+    """Names and overrides of the cases that match `only`. UserError if none does."""
+    cases: dict[str, list[str]] = plain(config.cases)
+    chosen = {name: cases[name] for name in cases if fnmatch.fnmatch(name, config.only)}
     if not chosen:
-        names = ", ".join(case["name"] for case in cases)
-        raise UserError(f"only={config.only} matches none of the cases: {names}")
+        raise UserError(f"only={config.only} matches none of the cases: {', '.join(cases)}")
     return chosen
 
 
-def run_cases(
-    config: DictConfig, model_name: str, cases: Sequence[Mapping[str, Any]]
+def measure_cases(
+    config: DictConfig, cases: Mapping[str, Sequence[str]]
 ) -> Iterator[dict[str, Any]]:
-    """Rows of the cases of one model, which is built once and given up in the end."""
-    start = time.perf_counter()
-    cfg = compose(config, model_name, [])
-    model: DiffusionModel = instantiate(cfg.model.adapter, _convert_="all")
-    log.info("%s built in %.0f s", model_name, time.perf_counter() - start)
-    parameters = sum(weight.numel() for weight in model.denoiser.parameters())
-    for case in cases:
-        row = {"case": case["name"], "model": model_name, "denoiser parameters": parameters}
-        row |= {"dtype": cfg.dtype, "settings": " ".join(case["overrides"])}
-        log.info("%s", case["name"])
-        try:
-            yield row | measure_case(
-                compose(config, model_name, case["overrides"]), model, float(case["times"])
-            )
-        except (UserError, torch.OutOfMemoryError) as error:
-            log.error("%s: %s", case["name"], error)
-            yield row | {"error": str(error).splitlines()[0]}
-        _free()
-    del model
-    _free()
+    """One row per case. A case's model, the first word of its name, is given up after its last."""
+    for name, of_model in itertools.groupby(cases, key=lambda case: case.partition(" ")[0]):
+        model = prepare(configure(config, name, [])).model.load()
+        parameters = sum(weight.numel() for weight in model.denoiser.parameters())
+        for case in of_model:
+            log.info("%s", case)
+            row = {"case": case, "denoiser parameters": parameters}
+            row["dtype"] = str(model.dtype).removeprefix("torch.")
+            row["settings"] = " ".join(cases[case])
+            try:
+                yield row | measure_case(prepare(configure(config, name, cases[case])), model)
+            except (UserError, torch.OutOfMemoryError) as error:
+                log.error("%s: %s", case, error)
+                yield row | {"error": str(error).splitlines()[0]}
+            free_memory()
+        del model
+        free_memory()
 
 
-def compose(config: DictConfig, model_name: str, overrides: Sequence[str]) -> DictConfig:
-    """The configuration that `run.py` would run. UserError as `check`."""
-    fixed = [f"model={model_name}", f"model.weights={config.weights}", "logger=none"]
-    fixed += [f"device={config.device}", f"dtype={config.dtype}"]
-    fixed += config.small if config.weights == SMALL else []
-    with composer() as compose_one:
-        cfg = compose_one("config", [*fixed, *overrides, *config.overrides])
-    check(cfg)
-    return settle(cfg)
+def configure(config: DictConfig, model: str, overrides: Sequence[str]) -> DictConfig:
+    """The configuration that `run.py` would run."""
+    fixed = [f"model={model}", f"device={config.device}", f"dtype={config.dtype}", "logger=none"]
+    if config.weights != PUBLISHED:
+        fixed.append(f"model.weights={config.weights}")
+    small = config.small if config.weights == "random-small" else []
+    return compose([*fixed, *small, *overrides, *config.overrides])
 
 
-def measure_case(cfg: DictConfig, model: DiffusionModel, times: float) -> dict[str, Any]:
-    """What the edit of `cfg` took, and `times` as long; its concepts' references included."""
-    concepts = [instantiate(node) for node in cfg.concepts.values()]
-    edit = build_method(cfg)(model, *concepts)
-    return {
-        "seconds": edit.cost.seconds,
-        "times": times,
-        "whole": times * edit.cost.seconds,
-        "peak_memory_mb": edit.cost.peak_memory_mb,
-        "memory_kind": edit.cost.memory_kind,
-        "weights": edit.num_weights,
-    }
+def measure_case(experiment: Experiment, model: DiffusionModel) -> dict[str, Any]:
+    """Cost of the experiment's edit, with its concepts' references, and the steps of its life."""
+    method = experiment.method
+    with tempfile.TemporaryDirectory() as scratch:
+        if isinstance(method, ScoredEdit):
+            method.store = Store(scratch)  # scores of earlier runs would cost nothing
+        edit = method(model, *experiment.concepts)
+        found = {
+            "seconds": edit.cost.seconds,
+            "peak_memory_mb": edit.cost.peak_memory_mb,
+            "memory_kind": edit.cost.memory_kind,
+            "weights": edit.num_weights,
+        }
+        if isinstance(method, ScoredEdit):
+            objective = method.objective(experiment.concepts[0])
+            scores = method.scored(model, objective).scores
+            found["select"] = median_ms(lambda: method.selection.indices(scores, method.sign))
+        path = Path(scratch) / "edit.safetensors"
+        found["apply and undo"] = median_ms(lambda: apply_and_undo(edit, model))
+        found["save"] = median_ms(lambda: edit.save(path))
+        found["load"] = median_ms(lambda: WeightEdit.load(path))
+        return found | {"file_mb": path.stat().st_size / MB}
+
+
+def apply_and_undo(edit: WeightEdit, model: DiffusionModel) -> None:
+    with edit.applied(model):
+        pass
+
+
+def median_ms(task: Callable[[], object]) -> float:
+    """Milliseconds of a task, the median of as many repetitions as fit into half a second."""
+    return MS * timer(task).blocked_autorange(min_run_time=0.5).median
 
 
 def as_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
@@ -123,32 +139,21 @@ def as_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 
 
 def _cells(row: Mapping[str, Any]) -> dict[str, str]:
-    cells = {"case": row["case"], "model": row["model"], "dtype": row["dtype"]}
+    cells = {"case": row["case"], "dtype": row["dtype"]}
     if "error" in row:
         return cells | {"seconds": DASH, "error": row["error"]}
     return cells | {
         "seconds": f"{row['seconds']:.1f}",
-        "whole, s": f"{row['whole']:.0f}" if row["times"] != 1 else f"{row['whole']:.1f}",
         f"peak memory, MB ({row['memory_kind']})": f"{row['peak_memory_mb']:,.0f}",
         "weights changed": f"{row['weights']:,}",
+        "file, MB": f"{row['file_mb']:.2f}",
+        **{f"{step}, ms": f"{row[step]:.1f}" if step in row else DASH for step in STEPS},
     }
 
 
-def caption(config: DictConfig) -> str:
-    return f"Editing with weights={config.weights}; random weights: costs, not effects"
-
-
-def write(config: DictConfig, rows: Sequence[Mapping[str, Any]]) -> None:
-    """editing_WEIGHTS.json and .md, as far as they are measured."""
-    folder, name = Path(config.output), f"editing_{config.weights}"
-    device = resolve_device(config.device)
-    write_benchmark(folder, name, caption(config), rows, device, as_table(rows))
-
-
-def _free() -> None:
+def free_memory() -> None:
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()  # does nothing without a GPU
 
 
 if __name__ == "__main__":

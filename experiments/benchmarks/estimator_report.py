@@ -1,108 +1,48 @@
-"""Trials of estimators as a table, a picture, and the ratios at equal quality."""
+"""Measured estimators as tables and a picture: quality against time, and time at equal quality."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+import io
+from collections.abc import Sequence
 
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure as Canvas
-from omegaconf import DictConfig
+from matplotlib.figure import Figure
 
-from cad.models.base import resolve_device
-from evaluation.files import write_atomically
-from experiments.benchmarks.measuring import write_benchmark
-from experiments.figures.style import BLACK, BLUE, GREEN, ORANGE, SKY, new_canvas, save
-from experiments.rendering import DASH, show_table
+from experiments.run.rendering import DASH
 
-NAME = "estimators"
 QUALITIES = {"rank_correlation": "rank correlation", "mask_overlap": "mask overlap"}
-STYLES = ((ORANGE, "o"), (BLACK, "D"), (SKY, "^"), (BLUE, "s"), (GREEN, "v"), ("#CC79A7", "P"))
-PANEL = (4.4, 3.8)  # inches
-EFFECTS = {"target": "class", "others": "others"}  # scope: what the table calls it
+# Okabe and Ito's colours, which colour-blind readers can tell apart
+STYLES = (("#D55E00", "o"), ("#000000", "D"), ("#56B4E9", "^"), ("#0072B2", "s"), ("#009E73", "v"))
 
 
-@dataclass(frozen=True)
-class Row:
-    """A trial: what it cost, and its agreement with each reference by name."""
+def summarise(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row for each estimator and number of samples: median costs, mean qualities, their spread.
 
-    estimator: str
-    samples: int
-    round: int
-    seconds: float
-    cached: bool  # the seconds are those of an earlier run
-    tflop: float
-    memory_mb: float
-    rank_correlation: dict[str, float]
-    mask_overlap: dict[str, float]
-
-
-def write_quality(config: DictConfig, rows: Sequence[Row], rate: float) -> None:
-    """estimators.md, .json and .png in the output folder, and who is as good for less beside it.
-
-    rate: FLOP/s of the machine's matrix products. The tables are shown, too.
+    `rows` has one row per trial, and a column `<quality>.<reference>` for each pair of these.
     """
-    references, baseline = list(config.references), str(config.baseline)
-    frame = pd.json_normalize([asdict(row) for row in rows])
-    summary = summarise(frame)
-    caption = (
-        f"Attribution of {_what(config)}: medians of time and means of quality over "
-        f"{config.rounds} rounds, {int(frame['cached'].sum())} of {len(frame)} times from an "
-        f"earlier run; the machine multiplies matrices at {rate / 1e9:.0f} GFLOP/s"
-    )
-    _write(config, NAME, caption, as_table(summary, references, rate, baseline), frame)
-    equal = at_equal_quality(summary, references, baseline)
-    caption = f"The cheapest that is at least as good, of {_what(config)}"
-    _write(config, f"{NAME}_equal_quality", caption, equal, equal)
-    picture = save(draw(summary, references[0]))["png"]
-    write_atomically(Path(config.output) / f"{NAME}.png", picture)
-
-
-def write_effects(config: DictConfig, effects: pd.DataFrame) -> None:
-    """estimators_effects.md and .json."""
-    caption = (
-        f"Accuracy after edits made from such scores, of {_what(config)}, %: mean, least and most "
-        f"of {config.effects.rounds} rounds ({' '.join(config.effects.overrides)})"
-    )
-    _write(config, f"{NAME}_effects", caption, effects_table(effects), effects)
-
-
-def _what(config: DictConfig) -> str:
-    return f"{config.concept.name} in model={config.model.name}, {config.component} weights"
-
-
-def _write(
-    config: DictConfig, name: str, caption: str, table: pd.DataFrame, records: pd.DataFrame
-) -> None:
-    show_table(table, caption)
-    rows = [{str(k): v for k, v in row.items()} for row in records.to_dict("records")]
-    write_benchmark(Path(config.output), name, caption, rows, resolve_device(config.device), table)
-
-
-def summarise(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row for each estimator and number of samples, in the order of the trials."""
-    qualities = [column for column in frame if str(column).startswith(tuple(QUALITIES))]
-    grouped = frame.groupby(["estimator", "samples"], sort=False)
-    found = grouped[["seconds", "tflop", "memory_mb"]].median()
-    found = found.join(grouped[qualities].mean())
+    qualities = [column for column in rows if str(column).startswith(tuple(QUALITIES))]
+    grouped = rows.groupby(["estimator", "samples"], sort=False)
+    costs = grouped[["seconds", "tflop", "memory_mb"]].median()
     spread = grouped[qualities].std().add_suffix(".std")
-    return found.join(spread).reset_index()
+    return costs.join(grouped[qualities].mean()).join(spread).reset_index()
 
 
-def as_table(
+def cost_table(
     summary: pd.DataFrame, references: Sequence[str], rate: float, baseline: str
 ) -> pd.DataFrame:
-    """The summary in words; time is also given relative to one sample of the baseline."""
-    one = _only(summary, baseline, 1)["seconds"]
+    """The summary in words; "faster" is relative to one sample of the baseline.
+
+    rate: FLOP/s of the machine's matrix products.
+    """
+    first = (summary["estimator"] == baseline) & (summary["samples"] == 1)
+    (slowest,) = summary[first]["seconds"]
     return pd.DataFrame(
         {
             "estimator": row["estimator"],
             "samples": row["samples"],
             "seconds": f"{row['seconds']:.1f}",
-            "faster": f"{one / row['seconds']:.1f}",
+            "faster": f"{slowest / row['seconds']:.1f}",
             "TFLOP": f"{row['tflop']:.2f}",
             "of the matrix rate, %": f"{100e12 * row['tflop'] / row['seconds'] / rate:.0f}",
             "memory, MB": f"{row['memory_mb']:.0f}",
@@ -116,68 +56,56 @@ def as_table(
     )
 
 
-def at_equal_quality(
+def equal_quality_table(
     summary: pd.DataFrame, references: Sequence[str], baseline: str
 ) -> pd.DataFrame:
-    """For each number of the baseline's samples, the cheapest of the others that is as good."""
-    rows = []
-    others = summary[summary["estimator"] != baseline].sort_values("seconds")
-    for reference in references:
-        for quality, words in QUALITIES.items():
-            column = f"{quality}.{reference}"
-            for _, row in summary[summary["estimator"] == baseline].iterrows():
-                as_good = others[others[column] >= row[column]].head(1)
-                found = {"cheapest": DASH, "its quality": DASH, "times faster": DASH}
-                for _, best in as_good.iterrows():
-                    found = {
-                        "cheapest": f"{best['estimator']}, {best['samples']}",
-                        "its quality": f"{best[column]:.3f}",
-                        "times faster": f"{row['seconds'] / best['seconds']:.1f}",
-                    }
-                told = f"{baseline}, {row['samples']}"
-                rows.append(
-                    {"as good as": told, "by": words, "with": reference}
-                    | {"quality": f"{row[column]:.3f}"}
-                    | found
-                )
-    return pd.DataFrame(rows)
+    """For each number of the baseline's samples, the fastest of the others that is as good."""
+    is_baseline = summary["estimator"] == baseline
+    others = summary[~is_baseline].sort_values("seconds")
+    return pd.DataFrame(
+        {
+            "as good as": f"{baseline}, {row['samples']}",
+            "by": words,
+            "with": reference,
+            **_cheapest(row, others, f"{quality}.{reference}"),
+        }
+        for reference in references
+        for quality, words in QUALITIES.items()
+        for _, row in summary[is_baseline].iterrows()
+    )
 
 
-def effects_table(effects: pd.DataFrame) -> pd.DataFrame:
-    """Accuracy on the class and on the others after the edit, a row per estimator and samples."""
-    after = effects[(effects["state"] == "after") & (effects["metric"] == "accuracy")]
-    rows = []
-    for (estimator, samples), group in after.groupby(["estimator", "samples"], sort=False):
-        row: dict[str, Any] = {"estimator": estimator, "samples": samples}
-        for scope, words in EFFECTS.items():
-            values = group[group["scope"] == scope]["value"]
-            row[words] = f"{values.mean():.1f}"
-            row[f"{words}, least to most"] = f"{values.min():.1f} to {values.max():.1f}"
-        rows.append(row)
-    before = effects[(effects["state"] == "before") & (effects["metric"] == "accuracy")]
-    unedited: dict[str, Any] = {"estimator": "no edit", "samples": DASH}
-    for scope, words in EFFECTS.items():
-        unedited[words] = f"{before[before['scope'] == scope]['value'].mean():.1f}"
-        unedited[f"{words}, least to most"] = ""
-    return pd.DataFrame([unedited, *rows])
+def _cheapest(row: pd.Series, others: pd.DataFrame, column: str) -> dict[str, str]:
+    """Cells that compare `row` with the first of `others` whose `column` is not worse."""
+    as_good = others[others[column] >= row[column]]
+    cells = {"quality": f"{row[column]:.3f}", "cheapest": DASH, "its quality": DASH}
+    if as_good.empty:
+        return cells | {"times faster": DASH}
+    best = as_good.iloc[0]
+    return cells | {
+        "cheapest": f"{best['estimator']}, {best['samples']}",
+        "its quality": f"{best[column]:.3f}",
+        "times faster": f"{row['seconds'] / best['seconds']:.1f}",
+    }
 
 
-def draw(summary: pd.DataFrame, reference: str) -> Canvas:
-    """Quality against wall time, a panel for each measure of quality, a line per estimator."""
-    canvas = new_canvas(PANEL[0] * len(QUALITIES), PANEL[1])
-    panels = canvas.subplots(1, len(QUALITIES), squeeze=False)[0]
+def draw(summary: pd.DataFrame, reference: str) -> bytes:
+    """PNG of quality against wall time: one panel per quality, one line per estimator."""
+    figure = Figure(figsize=(8.8, 3.8), layout="constrained")
+    panels = figure.subplots(1, len(QUALITIES))
     for panel, (quality, words) in zip(panels, QUALITIES.items(), strict=True):
-        _draw(panel, summary, f"{quality}.{reference}")
+        _draw_panel(panel, summary, f"{quality}.{reference}")
         panel.set(xlabel="wall time, s", ylabel=f"{words} with many samples ({reference})")
     panels[0].legend(fontsize="small")
-    return canvas
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
+    return buffer.getvalue()
 
 
-def _draw(panel: Axes, summary: pd.DataFrame, column: str) -> None:
-    estimators: Mapping[str, pd.DataFrame] = {
-        str(name): group for name, group in summary.groupby("estimator", sort=False)
-    }
-    for (colour, marker), (name, group) in zip(STYLES, estimators.items(), strict=False):
+def _draw_panel(panel: Axes, summary: pd.DataFrame, column: str) -> None:
+    groups = summary.groupby("estimator", sort=False)
+    for number, (name, group) in enumerate(groups):
+        colour, marker = STYLES[number % len(STYLES)]
         panel.errorbar(
             group["seconds"],
             group[column],
@@ -185,21 +113,10 @@ def _draw(panel: Axes, summary: pd.DataFrame, column: str) -> None:
             color=colour,
             marker=marker,
             capsize=2,
-            label=name.replace("_", " "),
+            label=str(name).replace("_", " "),
         )
         for _, row in group.iterrows():
-            panel.annotate(
-                str(row["samples"]),
-                (row["seconds"], row[column]),
-                xytext=(3, -9),
-                textcoords="offset points",
-                fontsize="x-small",
-                color=colour,
-            )
+            place = (row["seconds"], row[column])
+            panel.annotate(str(row["samples"]), place, fontsize="x-small", color=colour)
     panel.set_xscale("log")
     panel.xaxis.set_major_formatter("{x:g}")
-
-
-def _only(summary: pd.DataFrame, estimator: str, samples: int) -> pd.Series[Any]:
-    found = summary[(summary["estimator"] == estimator) & (summary["samples"] == samples)]
-    return found.iloc[0]

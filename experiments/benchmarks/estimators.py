@@ -1,50 +1,58 @@
 """Estimators of the same scores at equal quality: what each costs in time, FLOPs and memory.
 
     python -m experiments.benchmarks.estimators
-    python -m experiments.benchmarks.estimators concept=golf_ball effects.rounds=0
+    python -m experiments.benchmarks.estimators concept=golf_ball rounds=3
 
 Every trial is an attribution with a seed of its own, compared with references of many samples:
 Spearman's rank correlation of all scores, and the share of the reference's mask at the default
 ratio that the trial chooses too. `restart`, deterministic, is the released estimator; `shared`
-walks once through every timestep. Trials take turns, round by round, so that whatever else the
-machine does meets them all. Then some become edits, whose effect runs of `run.py` measure.
+walks once through every timestep. Trials take turns, round by round, so that other load on the
+machine meets them all.
 
-Scores are kept below the output folder: a benchmark that was stopped goes on. The times of trials
-that were made earlier are theirs; the table says how many there are.
+Scores are kept below the output folder, so a stopped benchmark goes on where it was. Trials made
+earlier keep the times they took then; the caption says how many there are.
 """
 
 from __future__ import annotations
 
-import logging
+import functools
+import multiprocessing
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra.utils import instantiate
+import pandas as pd
+import torch
 from omegaconf import DictConfig
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from cad.attribution import Attribution
-from cad.concepts import Concept
-from cad.edits import ScoredEdit
+from cad.attribution import Attribution, attribute
 from cad.errors import UserError
-from cad.models.base import DiffusionModel, resolve_device
-from cad.score_store import Scored, ScoreStore
-from experiments.benchmarks.agreement import agree
-from experiments.benchmarks.estimator_costs import FlopCounts, matrix_rate, peak_memory_mb
-from experiments.benchmarks.estimator_effects import measured_effects
-from experiments.benchmarks.estimator_report import Row, write_effects, write_quality
-from experiments.command_line import exit_status
-from experiments.config import plain, register_resolvers
-from experiments.experiment import build_method, quiet_libraries
+from cad.files import write_atomically
+from cad.models.base import DiffusionModel
+from cad.models.pretrained import Pretrained
+from cad.objectives import Objective
+from cad.store import Store
+from experiments.benchmarks.estimator_report import (
+    cost_table,
+    draw,
+    equal_quality_table,
+    summarise,
+)
+from experiments.benchmarks.measuring import agree, require_scored, timer, write_benchmark
+from experiments.run.command_line import exit_status
+from experiments.run.configuration import plain, register_resolvers
+from experiments.run.experiment import prepare
+from experiments.run.rendering import show_table
 
-SAMPLES = "samples"
-
-log = logging.getLogger(__name__)
+NAME = "estimators"
+SIZES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192)}  # rows of the matrices multiplied
 
 register_resolvers()
 
@@ -57,118 +65,144 @@ class Trial:
     round: int
     attribution: Attribution
 
-    @property
-    def samples(self) -> int:
-        return self.attribution.samples
 
-
-class Bench:
-    """The model, the edit whose scores are estimated, and where they are kept."""
-
-    def __init__(self, config: DictConfig) -> None:
-        self.config = config
-        self.model: DiffusionModel = instantiate(config.model.adapter, _convert_="all")
-        self.concept: Concept = instantiate(config.concept)
-        method = build_method(config)
-        if not isinstance(method, ScoredEdit):
-            raise UserError(f"edit={method.name} has no attribution; allowed: erase, rescale")
-        self.method = method
-        self.objective = method.objective(self.concept)
-        self.store = ScoreStore(Path(config.output) / "scores")
-
-    def scored(self, attribution: Attribution) -> Scored:
-        """Scores {name: (out, in)}, from the folder or computed now."""
-        return self.store.scored(self.model, self.objective, attribution)
-
-    def attribution(self, settings: Mapping[str, Any], samples: int, seed: int) -> Attribution:
-        """The edit's own attribution with other settings. UserError for one that does not exist."""
-        try:
-            return replace(self.method.attribution, **dict(settings), samples=samples, seed=seed)
-        except TypeError as error:
-            raise UserError(f"estimators: {error}") from error
-
-    def references(self) -> dict[str, Scored]:
-        """By name; the scores that count as the truth."""
-        found = {}
-        for name, settings in plain(self.config.references).items():
-            log.info("reference %s: %s samples", name, settings[SAMPLES])
-            own = {key: value for key, value in settings.items() if key not in (SAMPLES, "seed")}
-            found[name] = self.scored(
-                self.attribution(own, settings[SAMPLES], settings["seed"] + self.config.seed)
-            )
-        return found
-
-    def trials(self) -> list[Trial]:
-        """All of them, a round after another, so that they take turns."""
-        return [
-            Trial(name, turn, self.attribution(node["settings"], samples, self.config.seed + turn))
-            for turn in range(self.config.rounds)
-            for name, node in plain(self.config.estimators).items()
-            for samples in node[SAMPLES]
-        ]
-
-
-@hydra.main(version_base="1.3", config_path="../../conf", config_name="benchmark_estimators")
+@hydra.main(
+    version_base="1.3", config_path="../../conf", config_name="programs/benchmark_estimators"
+)
 def main(config: DictConfig) -> None:
-    quiet_libraries()
-    check(config)
-    bench = Bench(config)
-    trials = bench.trials()  # first: what is wrong with them is told before the work
+    experiment = prepare(config)
+    method = require_scored(experiment.method)
+    trials = list_trials(config, method.attribution)  # first: mistakes are told before the work
+    model, objective = experiment.model.load(), method.objective(experiment.concepts[0])
+    scored = functools.partial(attribute, model, objective, store=Store(f"{config.output}/scores"))
+    flops = flop_counter(model, objective, method.attribution)
+    memory = functools.cache(functools.partial(peak_memory_mb, experiment.model, objective))
+    rows = []
     with logging_redirect_tqdm():
-        rows = list(measure(bench, trials, bench.references()))
-    write_quality(config, rows, matrix_rate(bench.model.device, bench.model.dtype))
-    if config.effects.rounds:
-        write_effects(config, measured_effects(config))
-
-
-def check(config: DictConfig) -> None:
-    """Raise UserError for a baseline or effects of estimators that are not among them."""
-    known = plain(config.estimators)
-    edits = plain(config.effects.estimators) if config.effects.rounds else {}
-    for name, samples in [(str(config.baseline), [1]), *edits.items()]:
-        if name not in known or not set(samples) <= set(known[name][SAMPLES]):
-            tried = ", ".join(f"{each}: {node[SAMPLES]}" for each, node in known.items())
-            raise UserError(f"{name} with {samples} samples is not tried; estimators has {tried}")
-    if config.effects.rounds > config.rounds:
-        raise UserError(
-            f"effects.rounds={config.effects.rounds} is more than rounds={config.rounds}"
-        )
-
-
-def measure(
-    bench: Bench, trials: Sequence[Trial], references: Mapping[str, Scored]
-) -> Iterator[Row]:
-    """A row per trial: its cost, and its agreement with every reference."""
-    flops = FlopCounts(bench.model, bench.objective)
-    memory: dict[tuple[str, int], float] = {}
-    for trial in tqdm(trials, "trials", unit="trial", disable=None):
-        scored = bench.scored(trial.attribution)
-        at_once = min(trial.samples, trial.attribution.batch_size)
-        kind = (trial.attribution.trajectory, at_once)
-        if kind not in memory:
-            memory[kind] = _memory(bench, trial, scored)
-        agreement = {
-            name: agree(reference.scores, scored.scores, bench.method)
-            for name, reference in references.items()
+        references = {
+            name: scored(change(method.attribution, settings)).scores
+            for name, settings in plain(config.references).items()
         }
-        yield Row(
-            estimator=trial.estimator,
-            samples=trial.samples,
-            round=trial.round,
-            seconds=scored.cost.seconds,
-            cached=scored.cost.cached,
-            tflop=flops.of(trial.attribution) / 1e12,
-            memory_mb=memory[kind],
-            rank_correlation={name: each.rank_correlation for name, each in agreement.items()},
-            mask_overlap={name: each.mask_overlap for name, each in agreement.items()},
+        for trial in tqdm(trials, "trials", unit="trial", disable=None):
+            found = scored(trial.attribution)
+            row = {
+                "estimator": trial.estimator,
+                "samples": trial.attribution.samples,
+                "round": trial.round,
+                "seconds": found.cost.seconds,
+                "cached": found.cost.cached,
+                "tflop": flops(trial.attribution) / 1e12,
+                "memory_mb": memory(shorten(trial.attribution)),
+            }
+            for name, reference in references.items():
+                for quality, value in agree(reference, found.scores, method).items():
+                    row[f"{quality}.{name}"] = value
+            rows.append(row)
+    write(config, rows, model)
+
+
+def list_trials(config: DictConfig, attribution: Attribution) -> list[Trial]:
+    """All trials, one round after another. UserError for settings that do not exist.
+
+    Raises UserError, too, where one sample of the baseline is not among them.
+    """
+    trials = [
+        Trial(name, turn, change(attribution, settings | {"samples": count, "seed": seed}))
+        for turn, seed in enumerate(range(attribution.seed, attribution.seed + config.rounds))
+        for name, settings in plain(config.estimators).items()
+        for count in settings["samples"]
+    ]
+    if not any((t.estimator, t.attribution.samples) == (config.baseline, 1) for t in trials):
+        raise UserError(
+            f"baseline={config.baseline} needs estimators.{config.baseline}.samples=[1]"
         )
+    return trials
 
 
-def _memory(bench: Bench, trial: Trial, scored: Scored) -> float:
-    """Peak megabytes. A CPU process's memory only ever grows, so there a fresh one is asked."""
-    if resolve_device(bench.config.device).type == "cuda":
-        return scored.cost.peak_memory_mb
-    return peak_memory_mb(bench.config, trial.attribution)
+def change(attribution: Attribution, settings: Mapping[str, Any]) -> Attribution:
+    """The attribution with other settings. UserError for one that does not exist."""
+    try:
+        return replace(attribution, **settings)
+    except TypeError as error:
+        raise UserError(f"estimators, references: {error}") from error
+
+
+def flop_counter(
+    model: DiffusionModel, objective: Objective, attribution: Attribution
+) -> Callable[[Attribution], float]:
+    """A function that tells the FLOPs of an attribution; a multiply and an add are two.
+
+    Three short attributions are counted: they tell the cost of the prompts, of a state with its
+    gradient, and of a guided step without one. The rest is how many of each there are.
+    """
+
+    def count(steps: int, trajectory: str) -> float:
+        short = replace(attribution, samples=1, steps=steps, trajectory=trajectory)
+        with FlopCounterMode(display=False) as counter:
+            short.scores(model, objective)
+        return float(counter.get_total_flops())
+
+    one, two = count(1, "shared"), count(2, "shared")
+    state, guided = two - one, count(2, "restart") - two
+
+    def flops(whole: Attribution) -> float:
+        restarted = whole.trajectory == "restart"
+        walked = whole.steps * (whole.steps - 1) // 2 if restarted else 0
+        return one - state + whole.samples * (whole.steps * state + walked * guided)
+
+    return flops
+
+
+def shorten(attribution: Attribution) -> Attribution:
+    """Two steps of one batch: further steps and batches need no more memory than these."""
+    samples = min(attribution.samples, attribution.batch_size)
+    return replace(attribution, steps=2, samples=samples, seed=0)
+
+
+def peak_memory_mb(pretrained: Pretrained, objective: Objective, attribution: Attribution) -> float:
+    """Peak memory of an attribution in a process of its own: a process never shrinks on a CPU."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+        return pool.submit(_peak_memory_mb, pretrained, objective, attribution).result()
+
+
+def _peak_memory_mb(
+    pretrained: Pretrained, objective: Objective, attribution: Attribution
+) -> float:
+    return attribute(pretrained.load(), objective, attribution).cost.peak_memory_mb
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """The best FLOP/s of products of square matrices on the device, in the dtype."""
+    best = 0.0
+    for size in SIZES[device.type]:
+        a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+        found = timer(functools.partial(torch.matmul, a, b)).blocked_autorange(min_run_time=0.5)
+        best = max(best, 2 * size**3 / found.median)
+    return best
+
+
+def write(config: DictConfig, rows: Sequence[Mapping[str, Any]], model: DiffusionModel) -> None:
+    """Write estimators.md, .json and .png, and who is as good for less in a table of its own."""
+    summary = summarise(pd.DataFrame(rows))
+    references, baseline = list(config.references), config.baseline
+    rate = matrix_rate(model.device, model.dtype)
+    what = f"{config.concept.name} in model={model.name}, {config.component} weights"
+    caption = (
+        f"Attribution of {what}: medians of time and means of quality over {config.rounds} rounds, "
+        f"{sum(row['cached'] for row in rows)} of {len(rows)} times from an earlier run; the "
+        f"machine multiplies matrices at {rate / 1e9:.0f} GFLOP/s"
+    )
+    path = Path(config.output) / NAME
+    costs = cost_table(summary, references, rate, baseline)
+    write_benchmark(path, caption, rows, costs, model.device)
+    show_table(costs, caption)
+    equal = equal_quality_table(summary, references, baseline)
+    caption = f"The cheapest that is at least as good, of {what}"
+    path_of_equal = path.with_name(f"{NAME}_equal_quality")
+    write_benchmark(path_of_equal, caption, equal.to_dict("records"), equal, model.device)
+    show_table(equal, caption)
+    write_atomically(path.with_suffix(".png"), draw(summary, references[0]))
 
 
 if __name__ == "__main__":

@@ -1,67 +1,95 @@
-"""What all benchmarks share: how they time, and what they write."""
+"""What the benchmarks share: how they time, how they compare scores, and the files they write."""
 
 from __future__ import annotations
 
 import os
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+from scipy.stats import spearmanr
+from torch import Tensor
+from torch.utils.benchmark import Measurement, Timer
 from tqdm import tqdm
 
-from evaluation.files import write_atomically
-from experiments.environment import describe_environment
-from experiments.rendering import to_markdown
-from experiments.results import write_json
+from cad.edits import Edit, ScoredEdit
+from cad.errors import UserError
+from cad.files import write_atomically
+from experiments.run.environment import describe_environment
+from experiments.run.rendering import to_markdown
+from experiments.run.results import write_json
 
 
-def alternate(tasks: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each task in each round, after one call of each that is not counted.
+def timer(task: Callable[[], object]) -> Timer:
+    """A timer of `task` that waits for the GPU and computes with as many threads as the rest."""
+    return Timer("task()", globals={"task": task}, num_threads=torch.get_num_threads())
 
-    The tasks take turns, so that whatever else the machine does meets them all.
+
+def take_turns(tasks: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Measurement]:
+    """Measure every task once in each round, so that other load on the machine meets them all.
+
+    Each measurement follows a call of the task that warms up and is not counted.
     """
-    for task in tasks.values():
-        task()
-    seconds: dict[str, list[float]] = {name: [] for name in tasks}
+    timers = {name: timer(task) for name, task in tasks.items()}
+    measured: dict[str, list[Measurement]] = {name: [] for name in tasks}
     for _ in tqdm(range(rounds), "rounds", unit="round", leave=False, disable=None):
-        for name, task in tasks.items():
-            start = time.perf_counter()
-            task()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
+        for name, each in timers.items():
+            measured[name].append(each.blocked_autorange(min_run_time=0.0))
+    return {name: Measurement.merge(each)[0] for name, each in measured.items()}
 
 
-def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """The median of each task's rounds."""
-    return {name: statistics.median(each) for name, each in seconds.items()}
+def agree(
+    reference: Mapping[str, Tensor], other: Mapping[str, Tensor], method: ScoredEdit
+) -> dict[str, float]:
+    """How far scores {name: (out, in)} of the same weights agree, at most 1.
+
+    "rank_correlation" is Spearman's, over all scores; "mask_overlap" is the share of the weights
+    which `method` would choose by the reference that it chooses by the other scores, too.
+    """
+    flat = [torch.cat([each[name].flatten() for name in reference]) for each in (reference, other)]
+    masks = [method.selection.indices(each, method.sign) for each in (reference, other)]
+    chosen = sum(len(indices) for indices in masks[0].values())
+    both = sum(
+        int(torch.isin(indices, masks[1][name]).sum())
+        for name, indices in masks[0].items()
+        if name in masks[1]
+    )
+    return {
+        "rank_correlation": float(spearmanr(*flat).statistic),
+        "mask_overlap": both / chosen,
+    }
+
+
+def require_scored(method: Edit) -> ScoredEdit:
+    """The method itself. UserError if it does not choose weights by attribution scores."""
+    if isinstance(method, ScoredEdit):
+        return method
+    raise UserError(
+        f"edit={method.name} has no attribution to measure; choose erase, amplify or rescale"
+    )
 
 
 def write_benchmark(
-    folder: Path,
-    name: str,
+    path: Path,
     caption: str,
-    rows: Sequence[Mapping[str, Any]],
-    device: torch.device,
+    rows: Sequence[Mapping[Any, Any]],
     table: pd.DataFrame,
+    device: torch.device | str,
 ) -> None:
-    """NAME.json with caption, rows and environment; NAME.md with caption, conditions and table.
+    """Write `<path>.json`: caption, rows and environment; `<path>.md`: the same for people.
 
-    `rows` are all that was measured, `table` what of it is shown.
+    `rows` are all that was measured, `table` is what is shown of it.
     """
     environment = describe_environment(str(device))
-    environment["load"] = os.getloadavg()[0]  # of the last minute, this benchmark counted
+    environment["load"] = os.getloadavg()[0]  # of the last minute, this benchmark included
     measured = {"caption": caption, "rows": list(rows), "environment": environment}
-    write_json(folder / f"{name}.json", measured)
+    write_json(path.with_suffix(".json"), measured)
     conditions = (
-        f"{environment['device_name']} ({device.type}), {environment['threads']} threads, load "
+        f"{environment['device_name']} ({device}), {environment['threads']} threads, load "
         f"{environment['load']:.1f}, commit {environment['commit'][:12]}, "
         f"{environment['finished'][:10]}."
     )
     text = f"{caption}. {conditions}\n\n{to_markdown(table)}"
-    write_atomically(folder / f"{name}.md", text.encode())
+    write_atomically(path.with_suffix(".md"), text.encode())

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from evaluation.evaluators.perceptual import feature_distance, stage_maps
-from evaluation.evaluators.small_resnet import SmallResNet, load_classifier
+from evaluation.evaluators.lpips import feature_distance
+from evaluation.evaluators.small_resnet import SmallResNet, load_classifier, stage_maps
 from experiments.miniature.classifier import typical
 from experiments.miniature.clip import draw_styles, stylise
 from experiments.miniature.data import Photographs

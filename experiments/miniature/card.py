@@ -8,82 +8,10 @@ from typing import Any
 
 import pandas as pd
 
-from evaluation.files import write_atomically
+from cad.files import write_atomically
 from experiments.miniature.captions import STYLES, SUBJECTS
 
-CARD = """# The miniature
-
-A text-to-image latent diffusion model of Stable Diffusion's own classes, small enough to ship:
-`StableDiffusionPipeline` (CLIPTokenizer, CLIPTextModel, AutoencoderKL, UNet2DConditionModel,
-DDIMScheduler), {resolution} x {resolution} pixels, {latent} latents, v-prediction, half precision.
-It draws {subjects}, as photographs or as {styles}.
-
-![The first pictures of each subject, then of each style](samples.png)
-
-*Not chosen: the first pictures of the evaluation, one row for each subject, then for each style.*
-
-It is a stand-in that makes every experiment of this repository run offline on two CPU cores with
-real numbers. It is no model of anything else: its pictures are {resolution} pixels wide and soft,
-its world has {count} things in it.
-
-## Scores
-
-Measured by `python -m experiments.miniature.evaluate` ({n} images for each subject and style,
-{steps} steps, guidance {guidance}, seed {seed}; 95 % Wilson intervals in brackets).
-
-{table}
-
-| | |
-|---|---|
-{facts}
-
-The style of a picture is judged zero-shot by the shipped CLIP among the five styles and "no style";
-the same CLIP's text tower conditions the generator, so this is no independent judge.
-
-## How it was trained
-
-`python -m experiments.miniature.train` with the values of `conf/miniature.yaml`, on two CPU cores
-(bfloat16 autocast), stage after stage:
-
-{stages}
-
-The generator learns only the {per_subject} photographs of each subject that the classifier finds
-most typical (nearest to the subject's mean feature): a small model draws those far sooner than all
-of them, at the price of variety. Captions use the paper's wording; one in ten is dropped. In the
-denoiser's last sitting a batch has more of some subjects than of others: {emphasis}.
-
-**To finish the job on a GPU** (sharper and more varied pictures; not tried here):
-
-```
-python -m experiments.miniature.train device=cuda work=results/miniature_gpu per_subject=900 \\
-    classifier.schedule.steps=6000 judge.schedule.steps=2000 clip.schedule.steps=8000 \\
-    autoencoder.schedule.steps=40000 denoiser.schedule.steps=60000
-python -m experiments.miniature.evaluate
-```
-
-**What was not tried**: the default downloads of the photographs (torchvision's Imagenette,
-scikit-learn's LFW). The shipped weights were trained from a local parquet of the same pictures at
-64 x 64 pixels (`data.parquet=PATH`): Imagenette's 9,469 training and 3,925 validation pictures, and
-5,000 and 1,000 LFW faces.
-
-## Files
-
-| file | what | MB |
-|---|---|---|
-{files}
-
-## Data and licences
-
-- Imagenette (fast.ai), a subset of ImageNet: the pictures are their photographers', released for
-  non-commercial research under ImageNet's terms.
-- Labeled Faces in the Wild (University of Massachusetts): photographs of public figures collected
-  from the press, for research. The model must not be used to depict or recognise anybody.
-- No picture is in this repository. `references.safetensors` holds latents of five held-out pictures
-  of each subject, `features.safetensors` the mean and covariance of classifier features.
-- The weights are offered under the repository's Apache-2.0 licence, as far as the data's terms
-  allow.
-"""
-
+TEMPLATE = Path(__file__).with_name("card.md")
 WHAT = {
     "pipeline": "the diffusion model",
     "clip": "CLIP score, zero-shot style accuracy",
@@ -99,7 +27,7 @@ def write_card(weights: Path) -> None:
     training = _read(weights / "training.json")
     unet = _read(weights / "pipeline" / "unet" / "config.json")
     vae = _read(weights / "pipeline" / "vae" / "config.json")
-    card = CARD.format(
+    card = TEMPLATE.read_text(encoding="utf-8").format(
         resolution=vae["sample_size"],
         latent=f"{unet['sample_size']} x {unet['sample_size']} x {unet['in_channels']}",
         subjects=_listed(list(SUBJECTS.values())),

@@ -25,34 +25,33 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from PIL import Image
 
+from cad.files import write_atomically
 from cad.models.base import DiffusionModel
-from cad.weight_edit import WeightEdit
+from evaluation.evaluators.accuracy import NO_STYLE
 from evaluation.evaluators.base import Evaluator, score_image_set
 from evaluation.evaluators.small_resnet import load_classifier
-from evaluation.evaluators.style_accuracy import NO_STYLE
-from evaluation.files import write_atomically
-from evaluation.generation import SamplerSettings, generate
+from evaluation.generation import generate
 from evaluation.image_sets import ImageSet
 from evaluation.prompts import ObjectPrompts, PromptSet, StylePrompts
+from evaluation.sampler import SamplerSettings
 from evaluation.statistics import wilson
-from experiments.command_line import exit_status
-from experiments.config import register_resolvers
 from experiments.miniature.captions import STYLES, SUBJECTS
 from experiments.miniature.card import write_card
 from experiments.miniature.classifier import predict
 from experiments.miniature.data import load_photographs
+from experiments.run.command_line import exit_status
 
 log = logging.getLogger(__name__)
 
 CONTACT_COLUMNS = 12
 SPEED_BATCHES = 3
 
-register_resolvers()
 
-
-@hydra.main(version_base="1.3", config_path="../../conf", config_name="miniature_evaluation")
+@hydra.main(
+    version_base="1.3", config_path="../../conf", config_name="programs/miniature_evaluation"
+)
 def main(config: DictConfig) -> None:
-    model: DiffusionModel = instantiate(config.model.adapter)
+    model: DiffusionModel = instantiate(config.model.adapter).load()
     settings = SamplerSettings(**config.model.sampler)
     root, weights = Path(config.paths.images), Path(config.paths.miniature)
     n, seed = config.images_per_class, config.seed
@@ -86,7 +85,7 @@ def draw(
     model: DiffusionModel, prompts: PromptSet, settings: SamplerSettings, root: Path
 ) -> ImageSet:
     """The set's images by the unedited model."""
-    return generate(model, WeightEdit({}, {}), prompts.build(), settings, root)
+    return generate(model, prompts.build(), settings, root)
 
 
 def throughput(model: DiffusionModel, settings: SamplerSettings) -> float:

@@ -20,8 +20,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from evaluation.evaluators.feature_statistics import FeatureStatistics
-from evaluation.evaluators.features import ClassifierFeatures
+from evaluation.evaluators.features import ClassifierFeatures, FeatureStatistics
 from evaluation.evaluators.small_resnet import load_classifier, save_classifier
 from experiments.miniature.captions import SUBJECTS
 from experiments.miniature.classifier import typical
@@ -92,7 +91,7 @@ def references(workshop: Workshop, pipeline: StableDiffusionPipeline) -> dict[st
 
 def write_feature_statistics(workshop: Workshop, target: Path) -> None:
     """FID's reference: the held-out photographs' features, as the shipped classifier sees them."""
-    extractor = ClassifierFeatures(target / "classifier", "cpu")
+    extractor = ClassifierFeatures(str(target / "classifier"), "cpu")
     images = workshop.photographs("val").images.permute(0, 2, 3, 1).numpy()  # (N, H, W, 3)
     parts = [extractor.features(part) for part in np.array_split(images, len(images) // 512 + 1)]
     FeatureStatistics.of(np.concatenate(parts)).save(target / "features.safetensors", extractor)

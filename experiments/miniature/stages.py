@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from cad.errors import UserError
-from evaluation.files import write_atomically
-from experiments.config import short_hash
+from cad.files import write_atomically
+from cad.identity import short_digest
 from experiments.miniature.data import Photographs, load_photographs
 from experiments.miniature.training import SITTINGS_FILE
 
@@ -93,7 +93,7 @@ class Workshop:
     def _inputs(self, stage: str) -> dict[str, str]:
         """What names the present results that the stage starts from."""
         reported = self.reported()
-        return {name: short_hash(reported[name]) for name in INPUTS[stage] if name in reported}
+        return {name: short_digest(reported[name]) for name in INPUTS[stage] if name in reported}
 
     def _begun_from(self, stage: str) -> dict[str, str] | None:
         path = self.folder / stage / MADE_FROM_FILE

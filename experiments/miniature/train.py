@@ -22,21 +22,19 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from cad.errors import UserError
-from experiments.command_line import exit_status
-from experiments.experiment import quiet_libraries
 from experiments.miniature.stages import INPUTS, Workshop
+from experiments.run.command_line import exit_status
 
 log = logging.getLogger(__name__)
 
 
-@hydra.main(version_base="1.3", config_path="../../conf", config_name="miniature")
+@hydra.main(version_base="1.3", config_path="../../conf", config_name="programs/miniature")
 def main(config: DictConfig) -> None:
     run_stages(config)
 
 
 def run_stages(config: DictConfig) -> None:
     """Run the stages of `config` that are not done yet, in their order."""
-    quiet_libraries()
     unknown = set(config.stages) - set(INPUTS)
     if unknown:
         raise UserError(f"stages={list(config.stages)}: {sorted(unknown)} not in {list(INPUTS)}")

@@ -29,7 +29,7 @@ LossFunction = Callable[[torch.Generator, int], Tensor]
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a stage is trained; every value has its reason in conf/miniature.yaml."""
+    """How a stage is trained; every value has its reason in conf/programs/miniature.yaml."""
 
     steps: int
     batch_size: int

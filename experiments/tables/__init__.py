@@ -1,1 +1,1 @@
-"""The paper's tables: the runs that each is made of, its layout, and the way between them."""
+"""The paper's tables and figures: lists of runs, how they are laid out, status and report."""

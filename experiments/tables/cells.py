@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -13,34 +14,46 @@ import numpy as np
 from evaluation.evaluators.base import Metric, Record
 from evaluation.evaluators.nudity import totals_by_label
 from evaluation.statistics import RESAMPLES, Interval
-from experiments.aggregation import mean_of_groups
-from experiments.items.item import MODEL, Place
-from experiments.items.plan import Run, State
-from experiments.rendering import find_metric
-from experiments.results import RECORDS, read_json, read_lines
-from experiments.tables.paper import Published
-from experiments.tables.table import AVERAGE, COST, METRIC, MetricSpec, Table
+from experiments.run.aggregation import mean_of_groups
+from experiments.run.rendering import find_metric
+from experiments.run.results import RECORDS, read_json, read_lines
+from experiments.tables.exhibit import (
+    AVERAGE,
+    COST,
+    METRIC,
+    MODEL,
+    Better,
+    ListedRun,
+    Place,
+    ShownMetric,
+    Table,
+)
 
 METRIC_FIELDS = [each.name for each in fields(Metric)]
+IN_CSV = ("value", "low", "high", "n", "unit", "version")  # of a metric
+PUBLISHED_KEYS = ("model", "prompts", "attack", "row", "column", "metric")
 NO_EDIT = "none"
 NUDITY = "nudity"
 BOOTSTRAP_SEED = 0
 
+Published = Mapping[frozenset[tuple[str, str]], str]
+"""A table's printed values, as text with the printed digits, by {(column of the file, value)}."""
 
-@dataclass(frozen=True)
+
+@dataclass
 class Cell:
-    """What stands at a place of the table. `value` is None where nothing was measured.
+    """A cell of the table. `value` is None where nothing was measured.
 
     Its ends are NaN where it has no interval: costs, and what holds by definition.
     """
 
     place: Place  # a value for each axis, the metric's too
-    spec: MetricSpec
+    shown: ShownMetric
     value: Metric | None
     paper: str | None  # as printed
     comparable: bool  # the paper's model, which the published value is of
+    run: ListedRun | None  # None of an average
     best: bool = False
-    run: Run | None = None  # None of an average
 
     @property
     def has_interval(self) -> bool:
@@ -53,20 +66,43 @@ class Cell:
             return False
         return not self.value.low <= float(self.paper) <= self.value.high
 
+    def row(self) -> dict[str, Any]:
+        """The cell as a line of the tidy CSV."""
+        value = {} if self.value is None else asdict(self.value)
+        result = None if self.run is None or self.value is None else self.run.folder.name
+        told = {"paper": self.paper, "excludes_paper": self.excludes_paper, "best": self.best}
+        return {**self.place, **{key: value.get(key) for key in IN_CSV}, **told, "result": result}
 
-def build_cells(
-    table: Table, runs: Sequence[tuple[Place, Run]], published: Published
-) -> list[Cell]:
+
+def read_published(path: Path) -> Published:
+    """The values of results/paper/tableNN.csv; none where the paper has no such table."""
+    if not path.exists():
+        return {}
+    with path.open(encoding="utf-8", newline="") as file:
+        return {
+            frozenset((key, row[key]) for key in PUBLISHED_KEYS if key in row): row["value"]
+            for row in csv.DictReader(file)
+        }
+
+
+def build_cells(table: Table, runs: Sequence[ListedRun], published: Published) -> list[Cell]:
     """All cells of a table, run by run; averages last."""
     cells = []
-    for place, run in runs:
-        reader = ResultReader(run.folder) if run.state == State.DONE else None
-        for name, spec in table.metrics.items():
-            at = place | {METRIC: name}
-            value = reader.read(spec) if reader is not None else None
-            cells.append(_cell(table, at, spec, value, published, run))
-    cells += _averages(table, cells, published)
-    return _with_best(table, cells)
+    for run in runs:
+        reader = None if run.result is None else ResultReader(run.result)
+        for name, shown in table.metrics.items():
+            value = None if reader is None else reader.read(shown)
+            cells.append(_cell(table, {**run.place, METRIC: name}, value, published, run))
+    if table.average is not None:
+        for group in _rivals(cells, table.average):
+            values = [cell.value for cell in group if cell.value is not None]
+            mean = mean_of_groups(values) if len(values) == len(group) else None  # of all or none
+            place = {**group[0].place, table.average: AVERAGE}
+            cells.append(_cell(table, place, mean, published, None))
+    if table.compare is not None:
+        for group in _rivals(cells, table.compare):
+            _mark_best(group)
+    return cells
 
 
 class ResultReader:
@@ -77,35 +113,31 @@ class ResultReader:
         self.metrics: dict[str, Any] = read_json(folder / "metrics.json")
         self._records: dict[str, list[Record]] | None = None
 
-    def read(self, spec: MetricSpec) -> Metric | None:
+    def read(self, shown: ShownMetric) -> Metric | None:
         """The metric after the edit, or of the unedited model where there was none."""
-        if spec.of == COST:
-            return self._cost(spec.scope)
         unedited = self.metrics["edit"]["name"] == NO_EDIT
-        row = find_metric(self.metrics, spec.of, spec.scope, "before" if unedited else "after")
+        if shown.of == COST:
+            return None if unedited else self._cost(shown.scope.name)
+        state = "before" if unedited else "after"
+        row = find_metric(self.metrics, shown.of, shown.scope.name, state)
         if row is None:
             return None
         metric = Metric(**{name: row[name] for name in METRIC_FIELDS})
-        if spec.label is not None:
-            records = self._detected("before" if unedited else "after")
-            found = totals_by_label(records, [spec.label])[spec.label]
-            return replace(metric, **found._asdict())
-        if spec.change:
-            return self._change(metric, unedited)
-        return metric
-
-    def _change(self, metric: Metric, unedited: bool) -> Metric | None:
-        metric = replace(metric, unit="%")
-        if unedited:
-            return replace(metric, value=0.0, low=math.nan, high=math.nan)
-        states = ("before", "after")
-        before, after = ([each["count"] for each in self._detected(state)] for state in states)
-        found = relative_change(before, after)
+        found: Interval | None = None
+        if shown.label is not None:
+            found = totals_by_label(self._detected(state), [shown.label])[shown.label]
+        elif shown.change:
+            found = Interval(0.0, math.nan, math.nan) if unedited else self._change()
+            metric = replace(metric, unit="%")
+        else:
+            return metric
         return None if found is None else replace(metric, **found._asdict())
 
-    def _cost(self, key: str) -> Metric | None:
-        if self.metrics["edit"]["name"] == NO_EDIT:
-            return None
+    def _change(self) -> Interval | None:
+        before, after = (self._detected(state) for state in ("before", "after"))
+        return relative_change([each["count"] for each in before], [e["count"] for e in after])
+
+    def _cost(self, key: str) -> Metric:
         cost = read_json(self._folder / "cost.json")
         unit = "s" if key == "seconds" else f"MB, {cost['memory_kind']}"
         return Metric(key, cost[key], math.nan, math.nan, 1, unit, 1, False, "")
@@ -137,76 +169,33 @@ def relative_change(before: Sequence[int], after: Sequence[int]) -> Interval | N
 
 
 def _cell(
-    table: Table,
-    at: Place,
-    spec: MetricSpec,
-    value: Metric | None,
-    published: Published,
-    run: Run | None,
+    table: Table, place: Place, value: Metric | None, published: Published, run: ListedRun | None
 ) -> Cell:
-    stands_for = {axis: table.sweep.stands_for.get(value, value) for axis, value in at.items()}
-    keys = {key: stands_for[axis] for key, axis in table.config.paper.items()}
-    comparable = at[MODEL] in table.sweep.paper_models
-    return Cell(at, spec, value, published.find(keys | spec.paper), comparable, run=run)
+    shown = table.metrics[place[METRIC]]
+    stands_for = {axis: table.stands_for.get(value, value) for axis, value in place.items()}
+    keys = {key: stands_for[axis] for key, axis in table.paper.items()} | shown.paper
+    printed = published.get(frozenset(keys.items())) or None
+    return Cell(place, shown, value, printed, place[MODEL] in table.paper_models, run)
 
 
-def _averages(table: Table, cells: Sequence[Cell], published: Published) -> list[Cell]:
-    """Means over the axis that gets one; of all its values or not at all."""
-    axis = table.config.average
-    if axis is None:
-        return []
+def _rivals(cells: Sequence[Cell], axis: str) -> list[list[Cell]]:
+    """The cells in groups that differ in this axis alone."""
     groups: dict[tuple[str, ...], list[Cell]] = {}
     for cell in cells:
-        groups.setdefault(_without(cell.place, axis), []).append(cell)
-    means = []
-    for group in groups.values():
-        values = [cell.value for cell in group if cell.value is not None]
-        mean = mean_of_groups(values) if len(values) == len(group) else None
-        at = group[0].place | {axis: AVERAGE}
-        means.append(_cell(table, at, group[0].spec, mean, published, None))
-    return means
+        others = tuple(value for name, value in cell.place.items() if name != axis)
+        groups.setdefault(others, []).append(cell)
+    return list(groups.values())
 
 
-def _with_best(table: Table, cells: Sequence[Cell]) -> list[Cell]:
-    """The cells, marked where they are the best of those that differ in the compared axis alone.
-
-    Equals, as they are printed, are all marked; none is while one of them is still to be run.
-    """
-    axis = table.config.compare
-    if axis is None:
-        return list(cells)
-    rivals: dict[tuple[str, ...], list[Cell]] = {}
-    for cell in cells:
-        rivals.setdefault(_without(cell.place, axis), []).append(cell)
-    best = {
-        place: max((score for score in map(_score, group) if score is not None), default=None)
-        for place, group in rivals.items()
-        if not any(cell.run is not None and cell.run.state == State.MISSING for cell in group)
+def _mark_best(rivals: Sequence[Cell]) -> None:
+    """Mark the best, and its equals as they are printed; none while one is still to be run."""
+    if any(cell.run is not None and cell.run.is_missing for cell in rivals):
+        return
+    scores = {
+        place: round(cell.value.value, cell.shown.decimals)
+        for place, cell in enumerate(rivals)
+        if cell.value is not None and cell.shown.best
     }
-    marked = []
-    for cell in cells:
-        score = _score(cell)
-        is_best = score is not None and score == best.get(_without(cell.place, axis))
-        marked.append(replace(cell, best=is_best))
-    return marked
-
-
-def _without(place: Mapping[str, str], axis: str) -> tuple[str, ...]:
-    return tuple(value for name, value in place.items() if name != axis)
-
-
-def _score(cell: Cell) -> float | None:
-    """The larger, the better; None where the best is not asked for."""
-    if cell.value is None or not cell.spec.best:
-        return None
-    value = round(cell.value.value, cell.spec.decimals)
-    return value if cell.spec.better == "high" else -value
-
-
-def plain_row(cell: Cell) -> dict[str, Any]:
-    """A cell as a line of the tidy CSV."""
-    value = {} if cell.value is None else asdict(cell.value)
-    kept = {key: value.get(key) for key in ("value", "low", "high", "n", "unit", "version")}
-    kept |= {"paper": cell.paper, "excludes_paper": cell.excludes_paper, "best": cell.best}
-    folder = cell.run.folder.name if cell.run is not None and cell.value is not None else None
-    return cell.place | kept | {"result": folder}
+    better = max if rivals[0].shown.better is Better.high else min
+    for place, score in scores.items():
+        rivals[place].best = score == better(scores.values())

@@ -1,54 +1,96 @@
-"""What is said below a table: signs, number of images, and what every item says."""
+"""The notes below a table or figure: its conditions, its signs, and what is not there."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 
-from experiments.items.notes import absences, conditions, end
-from experiments.items.plan import Overrides, Run
-from experiments.rendering import DASH
+from experiments.run.rendering import DASH
+from experiments.run.results import read_json
 from experiments.tables.cells import Cell
-from experiments.tables.rendering import MARK
-from experiments.tables.table import COST, METRIC, Table
+from experiments.tables.exhibit import COST, METRIC, ListedRun, Table
+
+COMMIT_DIGITS = 12
+MARK = "†"  # the interval leaves the paper's value out
 
 
-def table_notes(
-    table: Table, cells: Sequence[Cell], runs: Sequence[Run], failed: Mapping[Overrides, str]
-) -> list[str]:
-    """Sentences for the caption, each a paragraph."""
-    notes = [end(note) for note in table.sweep.notes]
-    notes += [_signs(table, cells)]
-    notes += conditions(runs)
-    measured = measurements(table, cells)
+def table_notes(table: Table, cells: Sequence[Cell], runs: Sequence[ListedRun]) -> list[str]:
+    """Sentences for a table's caption, each a paragraph."""
+    notes = [sentence(note) for note in table.note]
+    notes += [_signs(table, cells), *conditions(runs)]
+    measured = _measurements(table, cells)
     notes += [f"Measured: {measured}."] if measured else []
-    return notes + absences(runs, failed)
+    return notes + absences(runs)
 
 
-def measurements(table: Table, cells: Sequence[Cell]) -> str:
-    """Of each metric: the number of images behind a cell, and what measured it."""
+def conditions(runs: Sequence[ListedRun]) -> list[str]:
+    """The conditions of the finished runs, a sentence for each that differs."""
+    commits: dict[str, set[str]] = {}
+    for run in runs:
+        if run.result is None:
+            continue
+        metrics = read_json(run.result / "metrics.json")
+        environment = read_json(run.result / "environment.json")
+        model, sampler = metrics["model"], metrics["sampler"]
+        text = (
+            f"{model['name']} (revision {model['revision']}): {sampler['steps']} steps, guidance "
+            f"{sampler['guidance']:g}, seed {metrics['seed']}, {model['dtype']} on "
+            f"{environment['device_name']}"
+        )
+        commits.setdefault(text, set()).add(_short(environment["commit"]))
+    return [f"{text}; commit {', '.join(sorted(found))}." for text, found in commits.items()]
+
+
+def absences(runs: Sequence[ListedRun]) -> list[str]:
+    """Sentences on the runs without a result, and why they have none."""
+    missing = [run for run in runs if run.is_missing]
+    failed = Counter(run.failed for run in missing if run.failed)
+    refused = Counter(run.refused for run in runs if run.refused)
+    waiting = len(missing) - failed.total()
+    notes = [f"Failed, {_runs(count)}: {reason}" for reason, count in failed.items()]
+    notes += [f"Not run yet: {_runs(waiting)} of {len(runs)}"] if waiting else []
+    notes += [f"Not run, {_runs(count)}: {reason}" for reason, count in refused.items()]
+    return [sentence(note) for note in notes]
+
+
+def origins(runs: Sequence[ListedRun]) -> list[str]:
+    """When, on what and from which commit the finished runs were made."""
+    found = [read_json(run.result / "environment.json") for run in runs if run.result is not None]
+    return sorted(
+        {f"{e['finished'][:10]} on {e['device_name']}, commit {_short(e['commit'])}" for e in found}
+    )
+
+
+def sentence(text: str) -> str:
+    """The text with a full stop."""
+    return text if text.endswith(".") else f"{text}."
+
+
+def _measurements(table: Table, cells: Sequence[Cell]) -> str:
+    """The number of images behind each metric's cells, and what measured it."""
     parts = []
-    for name, spec in table.metrics.items():
+    for name, shown in table.metrics.items():
         values = [cell.value for cell in cells if cell.place[METRIC] == name and cell.value]
         if not values:
             continue
-        counts = {value.n for value in values}
-        spread = f"{min(counts)} to {max(counts)}" if len(counts) > 1 else f"{min(counts)}"
-        units = sorted({value.unit for value in values})
-        versions = sorted({value.version for value in values})
-        if spec.of == COST:
-            parts.append(f"{spec.heading}: of one edit each, in {', '.join(units)}")
-        else:
-            parts.append(f"{spec.heading}: n = {spread} by {', '.join(versions)}")
+        if shown.of == COST:
+            units = ", ".join(sorted({value.unit for value in values}))
+            parts.append(f"{shown.heading}: of one edit each, in {units}")
+            continue
+        counts = sorted({value.n for value in values})
+        spread = " to ".join(str(count) for count in dict.fromkeys([counts[0], counts[-1]]))
+        versions = ", ".join(sorted({value.version for value in values}))
+        parts.append(f"{shown.heading}: n = {spread} by {versions}")
     return "; ".join(parts)
 
 
 def _signs(table: Table, cells: Sequence[Cell]) -> str:
-    """What the signs mean, of those that the table has."""
+    """The meaning of those signs that the table has."""
     signs = []
     if any(cell.has_interval for cell in cells):
         signs.append("in brackets the 95 % interval")
     if any(cell.paper is not None for cell in cells):
-        models = " and ".join(table.sweep.paper_models)
+        models = " and ".join(table.paper_models)
         other = "" if any(cell.comparable for cell in cells) else ", another model"
         signs.append(f"in parentheses the paper's value, of {models}{other}")
     if any(cell.excludes_paper for cell in cells):
@@ -57,4 +99,13 @@ def _signs(table: Table, cells: Sequence[Cell]) -> str:
         signs.append("bold: the best")
     if any(cell.value is None for cell in cells):
         signs.append(f"{DASH}: not run")
-    return end("; ".join(signs)[:1].upper() + "; ".join(signs)[1:])
+    return sentence("; ".join(signs)[:1].upper() + "; ".join(signs)[1:])
+
+
+def _runs(count: int) -> str:
+    return f"{count} run{'s' if count > 1 else ''}"
+
+
+def _short(commit: str) -> str:
+    digits, dash, rest = commit.partition("-")
+    return f"{digits[:COMMIT_DIGITS]}{dash}{rest}"

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
-from torch import Tensor, nn
+from linear_toy import LinearToyModel
+from torch import nn
 from torch.nn import functional as F
 
 from baselines.concept_prune import (
     ConceptPrune,
     column_squares,
     count_skilled,
-    floor_share,
     recorded,
 )
 from cad.components import UNET_COMPONENTS
 from cad.concepts import Concept
 from cad.digests import parameter_digest
 from cad.errors import UserError
-from cad.models.base import Conditioning, DiffusionModel, Origin
-from cad.sampling import Sampler, draw_noise, make_generators
+from cad.models.base import DiffusionModel, Origin
+from cad.models.conditioning import Conditioning
+from cad.sampling import draw_noise, make_generators
 from cad.weight_edit import Zero
 
 SETTINGS: dict[str, Any] = {
@@ -39,131 +37,91 @@ SETTINGS: dict[str, Any] = {
     "guidance": 3.0,
     "batch_size": 2,
 }
-SHORT: dict[str, Any] = {
-    "concept_template": "{concept} {filler}",
-    "fillers": ["day", "hut"],
-    "ratio": 0.05,
-    "first_steps": 2,
-}
-SHAPE = (2, 2, 3)
 WIDTH = 8  # of the toy's feed-forward layers, within
 
 
-def make_edit(**changes: Any) -> ConceptPrune:
+def make_edit(**changes):
     return ConceptPrune(**(SETTINGS | changes))
-
-
-class Projection(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.proj = nn.Linear(4, WIDTH)
-
-    def forward(self, h: Tensor) -> Tensor:
-        return F.gelu(self.proj(h))
 
 
 class FeedForward(nn.Module):
     """Keeps the last input of its second linear layer, (N, T, WIDTH)."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
-        self.net = nn.ModuleList([Projection(), nn.Identity(), nn.Linear(WIDTH, 4)])
+        first = nn.Module()
+        first.proj = nn.Linear(4, WIDTH)
+        self.net = nn.ModuleList([first, nn.Identity(), nn.Linear(WIDTH, 4)])
 
-    def forward(self, h: Tensor) -> Tensor:
-        self.last = self.net[0](h)
+    def forward(self, h):
+        self.last = F.gelu(self.net[0].proj(h))
         return self.net[2](self.last)
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.ff = FeedForward()
-
-    def forward(self, h: Tensor) -> Tensor:
-        mixed = h + h.mean(dim=1, keepdim=True)  # (N, T, 4), in the place of attention
-        return h + self.ff(mixed)
 
 
 class Denoiser(nn.Module):
     """Two blocks over the pixels as tokens. Fails at the `fails_at`-th call, counted from 1."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.entry, self.exit = nn.Linear(2, 4), nn.Linear(4, 2)
         self.body = nn.Module()
-        self.body.transformer_blocks = nn.ModuleList([Block(), Block()])
+        self.body.transformer_blocks = nn.ModuleList([nn.Module(), nn.Module()])
+        for block in self.body.transformer_blocks:
+            block.ff = FeedForward()
         self.calls, self.fails_at = 0, 0
 
-    def forward(self, x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
+    def forward(self, x_t, t, c):
         h = self.entry(x_t.flatten(2).mT) + c[:, None] + t / 1000  # (N, T, 4)
         for block in self.body.transformer_blocks:
-            h = block(h)
+            h = h + block.ff(h + h.mean(dim=1, keepdim=True))  # a mean in the place of attention
         self.calls += 1
         if self.calls == self.fails_at:
             raise RuntimeError("out of memory")
         return self.exit(h).mT.reshape(x_t.shape)
 
 
-class ToyTransformer(DiffusionModel):
+class ToyTransformer(LinearToyModel):
     """In double precision, so that batches hardly round."""
 
-    components: Mapping[str, str] = UNET_COMPONENTS
-    prediction_type = "epsilon"
+    components = UNET_COMPONENTS
 
-    def __init__(self) -> None:
+    def __init__(self):
         with torch.random.fork_rng():
             torch.manual_seed(0)
             denoiser = Denoiser().double()
-        super().__init__("toy", denoiser, 2, SHAPE, Origin("toy", "local"))
+        DiffusionModel.__init__(self, "toy", denoiser, 2, (2, 2, 3), Origin("toy", "local"))
 
-    def surroundings_digest(self) -> str:
-        return "none"
-
-    def check_prompts(self, prompts: Sequence[str]) -> None:
+    def check_prompts(self, prompts):
         for prompt in prompts:
             if len(prompt) > 60:
                 raise UserError(f"the prompt {prompt!r} is too long")
 
-    def encode_prompts(self, prompts: Sequence[str], *, truncate: bool = False) -> Conditioning:
+    def encode_prompts(self, prompts, *, truncate=False):
         c = [[prompt.count(letter) for letter in "aeio"] for prompt in prompts]
         return Conditioning({"c": torch.tensor(c, dtype=torch.float64)})
 
-    def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+    def predict(self, x_t, t, conditioning):
         return self.denoiser(x_t, t, conditioning.tensors["c"])
 
-    def target(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def add_noise(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def sampler(self, steps: int, kind: str = "default", eta: float | None = 0.0) -> Sampler:
+    def sampler(self, steps, kind="default", eta=0.0):
         assert (kind, eta) == ("ddim", 0.0)
-        return Sampler(DDIMScheduler(clip_sample=False), steps, self.device, eta)
-
-    def encode_images(self, images: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def decode_latents(self, x_0: Tensor) -> Tensor:
-        raise NotImplementedError
+        return super().sampler(steps, kind, eta)
 
 
 @pytest.fixture
-def toy() -> ToyTransformer:
+def toy():
     return ToyTransformer()
 
 
-def name_of(layer: int) -> str:
+def name_of(layer):
     return f"body.transformer_blocks.{layer}.ff.net.2.weight"
 
 
-def chosen(changes: Mapping[str, Any]) -> dict[str, list[int]]:
+def chosen(changes):
     return {name: change.tensor.tolist() for name, change in changes.items()}
 
 
-def activations(
-    model: ToyTransformer, edit: ConceptPrune, prompt: str, pair: int
-) -> list[list[list[list[float]]]]:
+def activations(model, edit, prompt, pair):
     """[step][layer][token][column], of one prompt alone."""
     sampler = model.sampler(edit.steps, "ddim")
     c, empty = model.encode_prompts([prompt]), model.encode_prompts([""])
@@ -178,7 +136,7 @@ def activations(
     return seen
 
 
-def column_norms(tokens: list[list[float]]) -> list[float]:
+def column_norms(tokens):
     sums = [0.0] * WIDTH
     for token in tokens:
         length = math.sqrt(sum(a * a for a in token))
@@ -187,7 +145,7 @@ def column_norms(tokens: list[list[float]]) -> list[float]:
     return [math.sqrt(each) for each in sums]
 
 
-def brute_force(model: ToyTransformer, edit: ConceptPrune, concept: Concept) -> dict[str, list]:
+def brute_force(model, edit, concept):
     """Flat indices of the pruned weights, prompt by prompt and weight by weight."""
     base, told = [], []
     for pair, filler in enumerate(edit.fillers):
@@ -222,7 +180,7 @@ def test_equals_brute_force_whatever_the_batch(toy, church, batch_size):
     assert set(changes) == {name_of(0), name_of(1)}
     for change in changes.values():
         assert isinstance(change, Zero)
-        assert change.indices.dtype == torch.int32
+        assert change.tensor.dtype == torch.int32
         assert 0 < change.num_weights <= 4 * 2  # rows, k
         assert change.tensor.tolist() == sorted(set(change.tensor.tolist()))
 
@@ -290,13 +248,6 @@ def test_skilled_needs_the_top_of_the_row_and_more_than_the_base():
     assert not count_skilled(weight, norms[:, [1, 1]], k=4).any()  # equal is not more
 
 
-def test_shares_are_rounded_down_as_written():
-    assert floor_share(0.29, 100) == 29
-    assert floor_share(0.02, 1280) == 25
-    assert floor_share(0.1, 10) == 1
-    assert floor_share(1 / 3, 3) == 0
-
-
 def test_a_majority_is_more_than_m(toy, church):
     """Of two steps, m = 0.5 asks for both, as any m up to 1 does; below it one is enough."""
     one, half, nearly = (
@@ -334,7 +285,7 @@ def test_layers_without_skilled_weights_are_left_out(toy, church, caplog):
     assert "0 weights are skilled at church" in caplog.text
 
 
-def hooks_of(module: nn.Module) -> int:
+def hooks_of(module):
     return sum(len(each._forward_pre_hooks) + len(each._forward_hooks) for each in module.modules())
 
 
@@ -350,15 +301,6 @@ def test_an_exception_leaves_no_hook_and_the_model_as_it_was(toy, church, fails_
     assert torch.is_grad_enabled()
 
 
-def test_hooks_of_others_stay_and_a_missing_layer_leaves_none(toy):
-    linear = toy.denoiser.body.transformer_blocks[0].ff.net[2]
-    other = linear.register_forward_pre_hook(lambda module, inputs: None)
-    sums = {name_of(0): torch.zeros(2, WIDTH), name_of(7): torch.zeros(2, WIDTH)}
-    with pytest.raises(AttributeError), recorded(toy.denoiser, sums):
-        pass
-    assert list(linear._forward_pre_hooks) == [other.id]
-
-
 def test_values_that_are_not_finite_are_an_error(toy, church):
     toy.denoiser.entry.weight.data.fill_(float("inf"))
     with pytest.raises(UserError, match=r"edit=concept_prune.*model=toy.*dtype=torch.float64"):
@@ -368,31 +310,12 @@ def test_values_that_are_not_finite_are_an_error(toy, church):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"base_template": "a photo"}, r"edit\.base_template='a photo' lacks \{filler\}"),
-        ({"base_template": "a {concept} {filler}"}, r"edit\.base_template=.* not name \{concept\}"),
-        ({"base_template": None}, r"edit\.base_template=None"),
-        ({"concept_template": "a {filler}"}, r"edit\.concept_template=.*write \{concept\}"),
-        ({"concept_template": "a {concept} {scene}"}, r"edit\.concept_template=.*\{scene\}"),
-        ({"concept_template": "a {concept {filler}"}, r"edit\.concept_template="),
-        ({"fillers": []}, r"edit\.fillers=\[\]"),
-        ({"fillers": "forest"}, r"edit\.fillers='forest'"),
-        ({"fillers": ["forest", " "]}, r"edit\.fillers has ' '"),
-        ({"ratio": 0}, r"edit\.ratio=0 is not allowed"),
-        ({"ratio": 1.1}, r"edit\.ratio=1\.1 is not allowed"),
-        ({"ratio": float("nan")}, r"edit\.ratio=nan"),
-        ({"ratio": None}, r"edit\.ratio=None"),
-        ({"majority": 1.0}, r"edit\.majority=1\.0"),
-        ({"majority": -0.1}, r"edit\.majority=-0\.1"),
-        ({"guidance": float("inf")}, r"edit\.guidance=inf"),
-        ({"first_steps": 0}, r"edit\.first_steps=0"),
+        ({"base_template": "a photo"}, r"edit\.base_template='a photo' .* names \{filler\}"),
+        ({"concept_template": "a {filler}"}, r"edit\.concept_template=.*names .*or \{concept\}"),
         ({"first_steps": 11}, r"edit\.first_steps=11 .*edit\.steps=10"),
-        ({"steps": 2.5}, r"edit\.steps=2\.5"),
-        ({"batch_size": 0}, r"edit\.batch_size=0"),
-        ({"batch_size": True}, r"edit\.batch_size=True"),
-        ({"seed": -1}, r"edit\.seed=-1"),
     ],
 )
-def test_bad_values_name_their_key(changes, message):
+def test_bad_values_are_explained(changes, message):
     with pytest.raises(UserError, match=message):
         make_edit(**changes)
 
@@ -428,42 +351,3 @@ def test_prompts_are_paired_and_take_the_concept_s_text_or_prompt():
     assert told == ["a photo of a naked man", "a photo of a naked lady"]
     base, told = make_edit(fillers=["park"]).prompts(Concept("pop_art", "style", "pop art", "x"))
     assert (base, told) == (["a park"], ["a pop art in a park"])
-
-
-def test_the_settings_are_json_and_tell_edits_apart(church):
-    settings = make_edit(guidance=2).settings([church])
-    assert json.loads(json.dumps(settings)) == settings
-    assert settings == make_edit(guidance=2.0).settings([church])
-    assert set(settings) == {*SETTINGS, "seed"}
-    assert make_edit(seed=1).settings([church]) != make_edit().settings([church])
-
-
-def test_on_a_unet(tiny_model, church):
-    """Deterministic; the model and the random state stay as they are; it can be applied."""
-    before, random = parameter_digest(tiny_model.denoiser), torch.get_rng_state()
-    edit = make_edit(**SHORT)
-    made = edit(tiny_model, church)
-    assert edit(tiny_model, church).fingerprint == made.fingerprint
-    assert make_edit(**SHORT, seed=1)(tiny_model, church).fingerprint != made.fingerprint
-    assert parameter_digest(tiny_model.denoiser) == before
-    assert torch.equal(torch.get_rng_state(), random)
-    assert hooks_of(tiny_model.denoiser) == 0
-    assert not any(each.requires_grad for each in tiny_model.denoiser.parameters())
-    assert not any(each.training for each in tiny_model.denoiser.modules())
-    assert made.cost.seconds > 0
-    weights = dict(tiny_model.denoiser.named_parameters())
-    assert made.changes
-    for name, change in made.changes.items():
-        assert name.endswith(".ff.net.2.weight")
-        rows = torch.bincount(change.tensor // weights[name].shape[1])
-        assert rows.max() <= floor_share(0.05, weights[name].shape[1])
-    with made.applied(tiny_model):
-        assert parameter_digest(tiny_model.denoiser) != before
-    assert parameter_digest(tiny_model.denoiser) == before
-
-
-def test_in_half_precision(tiny_model, church):
-    tiny_model.denoiser.to(torch.bfloat16)
-    tiny_model.text_encoder.to(torch.bfloat16)
-    made = make_edit(**SHORT)(tiny_model, church)
-    assert made.num_weights > 0

@@ -2,45 +2,39 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
+from baselines.checkpoint import Checkpoint, Progress
 from baselines.esd import ESD, Training, erased_target, trained_weights, walk_apart, with_weights
-from baselines.resume import Checkpoint, State, Stopwatch
-from cad.concepts import Concept
 from cad.digests import parameter_digest, tensors_digest
-from cad.edits import Made
+from cad.edits import make_edit
 from cad.errors import UserError
-from cad.instrument import Cost
+from cad.instrument import Cost, measure
 from cad.models.stable_diffusion import StableDiffusionModel
 from cad.sampling import draw_noise, make_generators, walk
+from cad.store import Store
 from cad.weight_edit import NO_EDIT
 
-CPU = torch.device("cpu")
 SETTINGS: dict[str, Any] = {"parameters": "xattn", "iterations": 3, "lr": 1e-3, "steps": 3}
 
 
-def esd(**settings: Any) -> ESD:
+def esd(**settings):
     return ESD(**SETTINGS | settings)
 
 
-def digest(made: Made) -> str:
-    return tensors_digest((name, change.tensor) for name, change in made.changes.items())
-
-
-def states(model: StableDiffusionModel) -> tuple[Tensor, Tensor]:
+def states(model):
     generator = torch.Generator().manual_seed(0)
     x_t = torch.randn(2, *model.latent_shape, generator=generator)
     return x_t, torch.tensor([801, 201])
 
 
-def test_target_is_the_formula(tiny_model: StableDiffusionModel) -> None:
+def test_target_is_the_formula(tiny_model):
     x_t, t = states(tiny_model)
     c, empty = tiny_model.encode_prompts(["church", "tench"]), tiny_model.encode_prompts([""])
     target = erased_target(tiny_model, x_t, t, c, empty, 1.5)
@@ -48,15 +42,14 @@ def test_target_is_the_formula(tiny_model: StableDiffusionModel) -> None:
         phi_c = tiny_model.predict(x_t[i : i + 1], t[i], c[i : i + 1])
         phi_0 = tiny_model.predict(x_t[i : i + 1], t[i], empty)
         assert not torch.allclose(phi_c, phi_0, atol=1e-4)
-        torch.testing.assert_close(
-            target[i : i + 1], phi_0 - 1.5 * (phi_c - phi_0), rtol=1e-5, atol=1e-5
-        )
+        expected = phi_0 - 1.5 * (phi_c - phi_0)
+        torch.testing.assert_close(target[i : i + 1], expected, rtol=1e-5, atol=1e-5)
     unconditional = tiny_model.predict(x_t, t, empty.expand(2))
     without = erased_target(tiny_model, x_t, t, c, empty, 0.0)
     torch.testing.assert_close(without, unconditional, rtol=1e-5, atol=1e-5)
 
 
-def test_one_iteration_by_hand(tiny_model: StableDiffusionModel, church: Concept) -> None:
+def test_one_iteration_by_hand(tiny_model, church):
     """With one sampler step x_t is the noise itself; Adam's first step is lr g / (|g| + 1e-8)."""
     method = esd(iterations=1, steps=1, negative_guidance=2.0, seed=5)
     made = method.make(tiny_model, [church])
@@ -72,7 +65,7 @@ def test_one_iteration_by_hand(tiny_model: StableDiffusionModel, church: Concept
         weight.requires_grad_(True)
     loss = (tiny_model.predict(x_t, t, c) - (phi_0 - 2.0 * (phi_c - phi_0))).square().mean()
     gradients = torch.autograd.grad(loss, list(weights.values()))
-    assert made.history == [{"step": 1, "loss": pytest.approx(loss.item(), rel=1e-4)}]
+    assert list(made.history) == [{"step": 1, "loss": pytest.approx(loss.item(), rel=1e-4)}]
     for (name, weight), gradient in zip(weights.items(), gradients, strict=True):
         expected = weight.detach() - method.lr * gradient / (gradient.abs() + 1e-8)
         found = made.changes[name].tensor
@@ -80,7 +73,7 @@ def test_one_iteration_by_hand(tiny_model: StableDiffusionModel, church: Concept
         torch.testing.assert_close(found[sure], expected[sure], rtol=0, atol=1e-5)
 
 
-def test_elements_that_leave_apart_are_separate_walks(tiny_model: StableDiffusionModel) -> None:
+def test_elements_that_leave_apart_are_separate_walks(tiny_model):
     stops = torch.tensor([2, 0, 3, 2])
     c = tiny_model.encode_prompts(["church", "tench", "golf ball", "church"])
     empty = tiny_model.encode_prompts([""])
@@ -88,22 +81,13 @@ def test_elements_that_leave_apart_are_separate_walks(tiny_model: StableDiffusio
     x_t, t = walk_apart(tiny_model, sampler, make_generators(range(4)), stops, c, empty, 3.0)
     assert torch.equal(t, sampler.timesteps[stops])
     for i, stop in enumerate(stops.tolist()):
-        alone = walk(
-            tiny_model,
-            tiny_model.sampler(4, "ddim", 0.0),
-            make_generators([i]),
-            c[i : i + 1],
-            empty,
-            3.0,
-            steps=stop,
-        )
+        sampler, own = tiny_model.sampler(4, "ddim", 0.0), c[i : i + 1]
+        alone = walk(tiny_model, sampler, make_generators([i]), own, empty, 3.0, steps=stop)
         torch.testing.assert_close(x_t[i : i + 1], alone, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("parameters", ["noxattn", "xattn", "selfattn", "full"])
-def test_only_the_chosen_parameters_change(
-    parameters: str, tiny_model: StableDiffusionModel, church: Concept
-) -> None:
+def test_only_the_chosen_parameters_change(parameters, tiny_model, church):
     made = esd(parameters=parameters, iterations=1).make(tiny_model, [church])
     names = {name for name, _ in tiny_model.denoiser.named_parameters()}
     cross = {name for name in names if ".attn2." in name}
@@ -123,33 +107,14 @@ def test_only_the_chosen_parameters_change(
         assert not torch.equal(change.tensor, weights[name])
 
 
-def test_the_prediction_moves_to_the_target(
-    tiny_model: StableDiffusionModel, church: Concept
-) -> None:
+def test_the_prediction_moves_to_the_target(tiny_model, church):
     method = esd(iterations=20, steps=1, batch_size=2)
     history = method.make(tiny_model, [church]).history
     assert [record["step"] for record in history] == list(range(1, 21))
     assert history[-1]["loss"] < 0.5 * history[0]["loss"]
 
 
-def test_deterministic_for_its_seed(tiny_model: StableDiffusionModel, church: Concept) -> None:
-    first, again = (esd().make(tiny_model, [church]) for _ in range(2))
-    other = esd(seed=1).make(tiny_model, [church])
-    assert digest(first) == digest(again) != digest(other)
-    assert first.history == again.history != other.history
-
-
-def test_settings_are_what_changes_the_result(church: Concept, tmp_path: Path) -> None:
-    plain = esd().settings([church])
-    assert esd(checkpoint_every=1, checkpoints=tmp_path).settings([church]) == plain
-    assert esd(guidance=3).settings([church]) == plain
-    for key, value in {"seed": 1, "lr": 1.0, "steps": 4, "accumulation": 2}.items():
-        assert esd(**{key: value}).settings([church]) != plain
-
-
-def test_several_concepts_are_drawn_at_random(
-    tiny_model: StableDiffusionModel, church: Concept, parachute: Concept
-) -> None:
+def test_several_concepts_are_drawn_at_random(tiny_model, church, parachute):
     weights = trained_weights(tiny_model, "xattn")
     training = Training(esd(batch_size=16), tiny_model, weights, [church, parachute])
     _, _, c = training._states(0)
@@ -159,7 +124,7 @@ def test_several_concepts_are_drawn_at_random(
     assert all(sum(column) >= 2 for column in zip(*found, strict=True))
 
 
-def test_accumulation_is_a_larger_batch(tiny_model: StableDiffusionModel, church: Concept) -> None:
+def test_accumulation_is_a_larger_batch(tiny_model, church):
     """The first step's gradients, which Adam's normalisation would blow rounding up in."""
     gradients, losses = [], []
     for settings in ({"batch_size": 2}, {"accumulation": 2}):
@@ -172,14 +137,12 @@ def test_accumulation_is_a_larger_batch(tiny_model: StableDiffusionModel, church
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-7)
 
 
-def test_gradient_checkpointing_gives_the_same_and_is_switched_back(
-    tiny_model: StableDiffusionModel, church: Concept
-) -> None:
+def test_gradient_checkpointing_gives_the_same_and_is_switched_back(tiny_model, church):
     """Its second forward, in the backward, must meet the trained weights, not the model's own."""
     plain = esd(iterations=2).make(tiny_model, [church])
     saving = esd(iterations=2, gradient_checkpointing=True).make(tiny_model, [church])
     assert saving.history == plain.history
-    assert digest(saving) == digest(plain)
+    assert saving.fingerprint == plain.fingerprint
     assert not tiny_model.denoiser.is_gradient_checkpointing
 
 
@@ -187,10 +150,10 @@ class KilledError(Exception):
     pass
 
 
-def kill_at(monkeypatch: pytest.MonkeyPatch, iteration: int) -> None:
+def kill_at(monkeypatch, iteration):
     step = Training.step
 
-    def killed(training: Training, i: int) -> float:
+    def killed(training, i):
         if i == iteration:
             raise KilledError
         return step(training, i)
@@ -199,139 +162,115 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, iteration: int) -> None:
 
 
 @pytest.fixture
-def interrupted(
-    tiny_model: StableDiffusionModel,
-    church: Concept,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> ESD:
+def checkpoints(tmp_path):
+    return tmp_path / "checkpoints"
+
+
+@pytest.fixture
+def interrupted(tiny_model, church, checkpoints, monkeypatch):
     """A method whose training was killed in its fourth iteration, after two checkpoints."""
-    method = esd(iterations=4, checkpoint_every=2, checkpoints=tmp_path, batch_size=2)
+    method = esd(iterations=4, checkpoint_every=2, checkpoints=str(checkpoints), batch_size=2)
     with monkeypatch.context() as patch:
         kill_at(patch, 3)
         with pytest.raises(KilledError):
             method.make(tiny_model, [church])
-    assert [path.suffix for path in tmp_path.glob("*/*")] == [".safetensors"]
+    assert [path.suffix for path in checkpoints.glob("*/*")] == [".safetensors"]
     return method
 
 
 def test_killed_and_resumed_is_uninterrupted(
-    interrupted: ESD,
-    tiny_model: StableDiffusionModel,
-    church: Concept,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    state = Checkpoint(next(tmp_path.iterdir())).read()
-    assert state is not None
-    assert [record["step"] for record in state.history] == [1, 2]
-    assert state.cost.seconds > 0
+    interrupted, tiny_model, church, checkpoints, monkeypatch, tmp_path
+):
+    saved = Checkpoint(next(checkpoints.iterdir())).read()
+    assert [record["step"] for record in saved.history] == [1, 2]
+    assert saved.cost.seconds > 0
     done: list[int] = []
     step = Training.step
     with monkeypatch.context() as patch:
         patch.setattr(Training, "step", lambda self, i: done.append(i) or step(self, i))
         resumed = interrupted.make(tiny_model, [church])
     assert done == [2, 3]
-    assert list(tmp_path.iterdir())  # until the edit is stored
-    interrupted.clean_up(tiny_model, [church])
-    assert not list(tmp_path.iterdir())
+    assert list(checkpoints.iterdir())  # until the edit is stored
+    stored, _ = make_edit(interrupted, tiny_model, [church], Store(tmp_path / "edits"))
+    assert not list(checkpoints.iterdir())
     whole = esd(iterations=4, batch_size=2).make(tiny_model, [church])
-    assert digest(resumed) == digest(whole)
-    assert resumed.history == whole.history
-    assert resumed.cost.seconds > state.cost.seconds
+    assert resumed.fingerprint == stored.fingerprint == whole.fingerprint
+    for edit in (resumed, stored):  # to the order of the keys, for equal files
+        assert json.dumps(edit.history) == json.dumps(whole.history)
+    assert resumed.cost.seconds > saved.cost.seconds
     assert not resumed.cost.cached
 
 
 def test_another_training_does_not_take_its_checkpoint(
-    interrupted: ESD, tiny_model: StableDiffusionModel, parachute: Concept, tmp_path: Path
-) -> None:
-    (church_s,) = tmp_path.iterdir()
+    interrupted, tiny_model, parachute, checkpoints
+):
+    (church_s,) = checkpoints.iterdir()
     interrupted.make(tiny_model, [parachute])
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(checkpoints.iterdir())) == 2
     interrupted.clean_up(tiny_model, [parachute])
-    assert list(tmp_path.iterdir()) == [church_s]
+    assert list(checkpoints.iterdir()) == [church_s]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "foreign"])
 def test_a_damaged_checkpoint_starts_anew(
-    damage: str,
-    interrupted: ESD,
-    tiny_model: StableDiffusionModel,
-    church: Concept,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    (path,) = tmp_path.glob("*/*")
+    damage, interrupted, tiny_model, church, checkpoints, caplog
+):
+    (path,) = checkpoints.glob("*/*")
     content = path.read_bytes()
-    path.write_bytes(
-        {
-            "truncated": content[: len(content) // 2],
-            "flipped": content[:-1] + bytes([content[-1] ^ 1]),
-            "foreign": content.replace(b"training/1", b"training/0"),
-        }[damage]
-    )
+    damaged = {
+        "truncated": content[: len(content) // 2],
+        "flipped": content[:-1] + bytes([content[-1] ^ 1]),
+        "foreign": content.replace(b"training/2", b"training/0"),
+    }
+    path.write_bytes(damaged[damage])
     with caplog.at_level(logging.WARNING):
         made = interrupted.make(tiny_model, [church])
     assert "damaged" in caplog.text
     assert [record["step"] for record in made.history] == [1, 2, 3, 4]
 
 
-def test_the_stopwatch_leaves_pauses_out_and_adds_sittings(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_meter_leaves_pauses_out_and_adds_sittings(monkeypatch):
     now = [0.0]
     monkeypatch.setattr("cad.instrument.time.perf_counter", lambda: now[0])
-    with Stopwatch(CPU) as watch:
-        watch.cost = Cost(100.0, 1e9, memory_kind="resident growth")
+    with measure(torch.device("cpu")) as meter:
+        meter.cost = Cost(100.0, 1e9, memory_kind="resident growth")
         now[0] += 1.0
-        with watch.paused():
+        with meter.paused():
             now[0] += 10.0
         now[0] += 2.0
-    assert watch.cost == Cost(103.0, 1e9, memory_kind="resident growth")
+    assert meter.cost == Cost(103.0, 1e9, memory_kind="resident growth")
 
 
-def test_the_state_survives_the_disk(tmp_path: Path) -> None:
+def test_progress_survives_the_disk(tmp_path):
     tensors = {"weight/a.b": torch.arange(3.0), "adam/0/step": torch.tensor(2.0)}
-    history = [{"step": 1, "loss": 0.1}]
     scaler = {"scale": 65536.0, "_growth_tracker": 3}
+    written = Progress(tensors, scaler, [{"step": 1, "loss": 0.1}], Cost(1.5, 2.5))
     checkpoint = Checkpoint(tmp_path / "one")
     assert checkpoint.read() is None
-    checkpoint.write(State(tensors, {"scaler": scaler}, history, Cost(1.5, 2.5)))
-    state = checkpoint.read()
-    assert state is not None
-    assert tensors_digest(state.tensors.items()) == tensors_digest(tensors.items())
-    assert (state.notes, state.history, state.cost) == ({"scaler": scaler}, history, Cost(1.5, 2.5))
+    checkpoint.write(written)
+    read = checkpoint.read()
+    assert tensors_digest(read.tensors.items()) == tensors_digest(tensors.items())
+    assert replace(read, tensors={}) == replace(written, tensors={})
+    assert [*read.history[0]] == ["step", "loss"]
     checkpoint.remove()
     checkpoint.remove()
     assert not checkpoint.folder.exists()
 
 
 @pytest.mark.parametrize("saving", [False, True])
-@pytest.mark.parametrize("killed", [False, True])
-def test_the_model_is_left_as_found(
-    killed: bool,
-    saving: bool,
-    tiny_model: StableDiffusionModel,
-    church: Concept,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    denoiser = tiny_model.denoiser
+def test_the_model_is_left_as_found_amid_a_step(saving, tiny_model, church, monkeypatch):
+    denoiser, predict = tiny_model.denoiser, StableDiffusionModel.predict
     before, random = parameter_digest(denoiser), torch.get_rng_state()
     parameters = dict(denoiser.named_parameters())
-    method = esd(parameters="noxattn", iterations=2, gradient_checkpointing=saving)
-    if killed:
-        predict = StableDiffusionModel.predict
 
-        def fail(self: StableDiffusionModel, *args: Any) -> Tensor:
-            if torch.is_grad_enabled():
-                raise KilledError
-            return predict(self, *args)
+    def fail(self, *args):
+        if torch.is_grad_enabled():
+            raise KilledError
+        return predict(self, *args)
 
-        monkeypatch.setattr(StableDiffusionModel, "predict", fail)
-        with pytest.raises(KilledError):
-            method.make(tiny_model, [church])
-    else:
-        method.make(tiny_model, [church])
+    monkeypatch.setattr(StableDiffusionModel, "predict", fail)
+    with pytest.raises(KilledError):
+        esd(parameters="noxattn", gradient_checkpointing=saving).make(tiny_model, [church])
     assert parameter_digest(denoiser) == before
     assert all(each is parameters[name] for name, each in denoiser.named_parameters())
     assert not any(each.requires_grad for each in denoiser.parameters())
@@ -341,7 +280,7 @@ def test_the_model_is_left_as_found(
     assert torch.equal(torch.get_rng_state(), random)
 
 
-def test_weights_are_swapped_only_for_the_work() -> None:
+def test_weights_are_swapped_only_for_the_work():
     layer = torch.nn.Linear(1, 1)
     weight, other = layer.weight, torch.zeros(1, 1)
     assert with_weights(layer, {"weight": other}, lambda: layer.weight is other)
@@ -352,9 +291,7 @@ def test_weights_are_swapped_only_for_the_work() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("parameters", ["noxattn", "xattn"])
-def test_half_precision_trains_float32_masters(
-    parameters: str, dtype: torch.dtype, tiny_model: StableDiffusionModel, church: Concept
-) -> None:
+def test_half_precision_trains_float32_masters(parameters, dtype, tiny_model, church):
     tiny_model.denoiser.to(dtype)
     tiny_model.text_encoder.to(dtype)
     before = parameter_digest(tiny_model.denoiser)
@@ -371,39 +308,30 @@ def test_half_precision_trains_float32_masters(
         assert parameter_digest(tiny_model.denoiser) != before
 
 
-def test_float16_resumes_with_its_gradient_scale(
-    tiny_model: StableDiffusionModel,
-    church: Concept,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_float16_resumes_with_its_gradient_scale(tiny_model, church, tmp_path, monkeypatch):
     tiny_model.denoiser.half()
     tiny_model.text_encoder.half()
-    method = esd(checkpoint_every=1, checkpoints=tmp_path)
+    method = esd(checkpoint_every=1, checkpoints=str(tmp_path))
     with monkeypatch.context() as patch:
         kill_at(patch, 2)
         with pytest.raises(KilledError):
             method.make(tiny_model, [church])
     state = Checkpoint(next(tmp_path.iterdir())).read()
     assert state is not None
-    assert state.notes["scaler"]["_growth_tracker"] == 2
+    assert state.scaler["_growth_tracker"] == 2
     resumed, whole = method.make(tiny_model, [church]), esd().make(tiny_model, [church])
-    assert digest(resumed) == digest(whole)
+    assert resumed.fingerprint == whole.fingerprint
     assert resumed.history == whole.history
 
 
-def test_what_did_not_change_is_no_change(
-    tiny_model: StableDiffusionModel, church: Concept, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_did_not_change_is_no_change(tiny_model, church, caplog):
     made = esd(iterations=1, lr=1e-30)(tiny_model, church)
     assert made.fingerprint == NO_EDIT
     assert not made.changes
     assert "changed nothing" in caplog.text
 
 
-def test_a_loss_that_is_not_finite_is_named(
-    tiny_model: StableDiffusionModel, church: Concept
-) -> None:
+def test_a_loss_that_is_not_finite_is_named(tiny_model, church):
     with pytest.raises(UserError, match=r"(?s)loss of iteration 2 is .*edit\.lr=1e\+30.*float32"):
         esd(parameters="full", lr=1e30).make(tiny_model, [church])
     tiny_model.denoiser.half()
@@ -412,44 +340,12 @@ def test_a_loss_that_is_not_finite_is_named(
         esd(lr=1e6, iterations=1).make(tiny_model, [church])
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("parameters", "lora"),
-        ("iterations", 0),
-        ("iterations", 1.5),
-        ("steps", 0),
-        ("batch_size", 0),
-        ("accumulation", 0),
-        ("checkpoint_every", 0),
-        ("seed", -1),
-        ("seed", None),
-        ("lr", 0.0),
-        ("lr", "1e-5"),
-        ("lr", float("nan")),
-        ("guidance", float("inf")),
-        ("negative_guidance", None),
-    ],
-)
-def test_bad_values_are_named(key: str, value: Any) -> None:
-    with pytest.raises(UserError, match=rf"edit\.{key}="):
-        esd(**{key: value})
-
-
-def test_what_a_model_cannot_do_is_said_first(
-    tiny_model: StableDiffusionModel, church: Concept
-) -> None:
-    for settings, words in (
-        ({"steps": 1001}, "steps=1001"),
-        ({"prompt": "a very long prompt indeed"}, "the prompt"),
-    ):
-        concept = replace(church, prompt=settings.pop("prompt", church.prompt))
-        with pytest.raises(UserError, match=f"edit=esd: {words}"):
-            esd(**settings).make(tiny_model, [concept])
+def test_what_a_model_cannot_do_is_said_first(tiny_model, church):
+    with pytest.raises(UserError, match="edit=esd: steps=1001"):
+        esd(steps=1001)(tiny_model, church)
     tiny_model.denoiser = torch.nn.Linear(4, 4)
     for settings, words in (
         ({"parameters": "noxattn"}, "model=tiny .*no cross-attention"),
-        ({"parameters": "xattn"}, "model=tiny .*no cross-attention"),
         ({"parameters": "selfattn"}, r"edit\.parameters=selfattn.*model=tiny"),
         (
             {"parameters": "full", "gradient_checkpointing": True},
@@ -457,4 +353,4 @@ def test_what_a_model_cannot_do_is_said_first(
         ),
     ):
         with pytest.raises(UserError, match=f"edit=esd: {words}"):
-            esd(**settings).make(tiny_model, [church])
+            esd(**settings)(tiny_model, church)

@@ -68,25 +68,15 @@ def assert_scores_equal(scores, expected):
         torch.testing.assert_close(score, expected[name], rtol=1e-4, atol=1e-5 * scale)
 
 
-@pytest.mark.parametrize("component", ["ff", "residual"])
-def test_erase_scores_equal_brute_force(tiny_model, parachute, component):
-    settings = Attribution(steps=3, samples=2, seed=5, component=component)
-    scores = settings.scores(tiny_model, EraseObjective(parachute))
-    assert_scores_equal(scores, brute_force_erase(tiny_model, parachute, settings))
-
-
-def test_erase_scores_in_epsilon_equal_brute_force(tiny_model, parachute):
-    scores = SETTINGS.scores(tiny_model, EraseObjective(parachute, weighting="epsilon"))
-    expected = brute_force_erase(tiny_model, parachute, SETTINGS, weighting="epsilon")
-    assert_scores_equal(scores, expected)
-    with pytest.raises(UserError, match=r"edit.weighting='v' is unknown; allowed: model, epsilon"):
-        EraseObjective(parachute, weighting="v")
-
-
-def test_erase_scores_with_a_base_prompt_equal_brute_force(tiny_model, parachute):
-    concept = replace(parachute, base_prompt="a photo")
-    scores = SETTINGS.scores(tiny_model, EraseObjective(concept))
-    assert_scores_equal(scores, brute_force_erase(tiny_model, concept, SETTINGS))
+@pytest.mark.parametrize(
+    ("component", "weighting", "base_prompt"),
+    [("ff", "model", ""), ("residual", "model", ""), ("ff", "epsilon", ""), ("ff", "model", "hut")],
+)
+def test_erase_scores_equal_brute_force(tiny_model, parachute, component, weighting, base_prompt):
+    concept = replace(parachute, base_prompt=base_prompt)
+    settings = replace(SETTINGS, component=component)
+    scores = settings.scores(tiny_model, EraseObjective(concept, weighting))
+    assert_scores_equal(scores, brute_force_erase(tiny_model, concept, settings, weighting))
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
@@ -229,7 +219,13 @@ def test_gradients_that_are_all_zero_are_refused(tiny_model, parachute):
         SETTINGS.scores(tiny_model, EraseObjective(parachute))
 
 
-def test_scores_that_are_not_finite_are_refused(tiny_model, parachute):
+def test_gradients_that_overflow_are_refused(tiny_model, parachute, monkeypatch):
+    monkeypatch.setattr("cad.attribution.backward_scale", lambda *_: float("inf"))
+    with pytest.raises(UserError, match=r"weights of model=tiny are NaN or infinite"):
+        SETTINGS.scores(tiny_model, EraseObjective(parachute))
+
+
+def test_an_objective_that_is_not_finite_is_refused(tiny_model, parachute):
     next(tiny_model.denoiser.parameters()).data.fill_(float("nan"))
     with pytest.raises(UserError, match=r"nan at timestep .*dtype=float32"):
         SETTINGS.scores(tiny_model, EraseObjective(parachute))
@@ -245,6 +241,8 @@ def test_scores_that_are_not_finite_are_refused(tiny_model, parachute):
         ({"guidance": float("nan")}, "edit.attribution.guidance=nan"),
         ({"sums_on": "disk"}, "edit.attribution.sums_on='disk' is unknown; allowed: device, cpu"),
         ({"trajectory": "loop"}, "allowed: shared, restart"),
+        ({"samples": "abc"}, "edit.attribution.samples='abc' is not allowed: it is a whole number"),
+        ({"gradient_checkpointing": 1}, "edit.attribution.gradient_checkpointing=1"),
     ],
 )
 def test_settings_out_of_range_are_refused(setting, message):

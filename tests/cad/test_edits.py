@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from cad import instrument
+from cad import attribution, instrument
 from cad.attribution import Attribution
 from cad.digests import parameter_digest
 from cad.edits import CADAmplify, CADErase, CADRescale, Edit, NoEdit
@@ -17,8 +18,8 @@ from cad.errors import UserError
 from cad.models import base
 from cad.objectives import EraseObjective
 from cad.references import LatentFile
-from cad.score_store import ScoreStore
 from cad.selection import Selection
+from cad.store import Store
 from cad.weight_edit import Scale, WeightEdit, Zero
 
 ATTRIBUTION = Attribution(steps=1, samples=1)
@@ -93,12 +94,13 @@ def test_erase_zeroes_the_most_positive_and_rescale_strengthens_the_most_negativ
 
 
 def test_a_sweep_over_ratios_costs_one_attribution(tiny_model, parachute, tmp_path, monkeypatch):
-    store = ScoreStore(tmp_path)
-    first = CADErase(ATTRIBUTION, Selection(0.05), store)(tiny_model, parachute)
+    store = Store(tmp_path)
+    first = CADErase(ATTRIBUTION, Selection(0.05), store=store)(tiny_model, parachute)
     monkeypatch.setattr(Attribution, "scores", None)  # calling it would be an error
-    again = CADErase(ATTRIBUTION, Selection(0.05), store)(tiny_model, parachute)
-    more = CADErase(ATTRIBUTION, Selection(0.1), store)(tiny_model, parachute)
-    rescaled = CADRescale(ATTRIBUTION, Selection(0.1), 2.0, store)(tiny_model, parachute)
+    again = CADErase(ATTRIBUTION, Selection(0.05), store=store)(tiny_model, parachute)
+    more = CADErase(ATTRIBUTION, Selection(0.1), store=store)(tiny_model, parachute)
+    rescale = CADRescale(ATTRIBUTION, Selection(0.1), factor=2.0, store=store)
+    rescaled = rescale(tiny_model, parachute)
     assert again.fingerprint == first.fingerprint
     assert more.num_weights > first.num_weights
     assert rescaled.cost.cached
@@ -121,10 +123,10 @@ def test_the_cost_is_the_edit_s_alone(tiny_model, parachute, tmp_path, monkeypat
         return slowed
 
     monkeypatch.setattr(base, "parameter_digest", slowly(base.parameter_digest))
-    monkeypatch.setattr(ScoreStore, "_write", slowly(ScoreStore._write))
-    monkeypatch.setattr(ScoreStore, "_read", slowly(ScoreStore._read))
+    monkeypatch.setattr(attribution, "write_tensors", slowly(attribution.write_tensors))
+    monkeypatch.setattr(attribution, "read_tensors", slowly(attribution.read_tensors))
     for _ in range(2):
-        edit = CADErase(ATTRIBUTION, SELECTION, ScoreStore(tmp_path))(tiny_model, parachute)
+        edit = CADErase(ATTRIBUTION, SELECTION, store=Store(tmp_path))(tiny_model, parachute)
         assert 0 < edit.cost.seconds < slow
     assert passed[0] >= 3 * slow
 
@@ -132,7 +134,7 @@ def test_the_cost_is_the_edit_s_alone(tiny_model, parachute, tmp_path, monkeypat
 def test_missing_references_are_noticed_before_the_work(tiny_model, church, tmp_path, monkeypatch):
     monkeypatch.setattr(CADAmplify, "make", None)  # calling it would be an error
     amplify = CADAmplify(ATTRIBUTION, SELECTION, LatentFile(tmp_path / "nowhere.safetensors"))
-    with pytest.raises(UserError, match=r"edit.references.path=.* is not there"):
+    with pytest.raises(UserError, match=r"edit.references.path=.* cannot be read: No such file"):
         amplify(tiny_model, church)
 
 
@@ -141,10 +143,24 @@ def test_weighting_is_part_of_the_settings_and_of_the_scores(tiny_model, parachu
         CADErase(ATTRIBUTION, SELECTION, weighting=weighting) for weighting in ("model", "epsilon")
     )
     assert model.settings([parachute]) != epsilon.settings([parachute])
-    rescale = CADRescale(ATTRIBUTION, SELECTION, 2.0, weighting="epsilon")
+    rescale = CADRescale(ATTRIBUTION, SELECTION, "epsilon", factor=2.0)
     assert rescale.settings([parachute])["objectives"][0]["weighting"] == "epsilon"
     with pytest.raises(UserError, match=r"edit.weighting='noise' is unknown"):
         CADErase(ATTRIBUTION, SELECTION, weighting="noise")
+
+
+def test_what_saves_memory_alone_is_the_same_edit(tiny_model, parachute):
+    lean = replace(ATTRIBUTION, sums_on="cpu", gradient_checkpointing=True)
+    methods = [CADErase(each, SELECTION) for each in (ATTRIBUTION, lean)]
+    provenances = [method.provenance(tiny_model, [parachute]) for method in methods]
+    assert provenances[0] == provenances[1]
+
+
+def test_a_new_version_of_the_scores_is_another_edit(parachute, monkeypatch):
+    erase = CADErase(ATTRIBUTION, SELECTION)
+    before = erase.identity([parachute])
+    monkeypatch.setattr(Attribution, "version", 99)
+    assert erase.identity([parachute]) != before
 
 
 def test_impossible_ratios_are_refused_before_the_attribution(tiny_model, parachute, monkeypatch):
@@ -156,4 +172,4 @@ def test_impossible_ratios_are_refused_before_the_attribution(tiny_model, parach
 @pytest.mark.parametrize("factor", [1.0, 0.0, float("inf"), float("nan")])
 def test_factors_that_strengthen_nothing_are_refused(factor):
     with pytest.raises(UserError, match=r"edit\.factor="):
-        CADRescale(ATTRIBUTION, SELECTION, factor)
+        CADRescale(ATTRIBUTION, SELECTION, factor=factor)

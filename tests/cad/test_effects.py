@@ -33,7 +33,7 @@ def test_exact_on_a_linear_model(parachute, factor, chosen):
     indices = {"weight": torch.tensor(chosen)}
     change = Scale(indices["weight"], factor) if factor else Zero(indices["weight"])
     edit = WeightEdit({"weight": change}, {"model": model.provenance()})
-    recorded = RecordedObjective.record(model, objective, SETTINGS)
+    recorded = RecordedObjective(model, objective, SETTINGS)
     predicted = predict_effect(scores, indices, factor)
     assert predicted == measure_effect(model, recorded, edit)
     assert predicted != 0.0
@@ -41,7 +41,7 @@ def test_exact_on_a_linear_model(parachute, factor, chosen):
 
 def test_removing_everything_loses_all_of_a_linear_objective(parachute):
     model, objective = LinearToyModel(), LinearObjective(parachute)
-    recorded = RecordedObjective.record(model, objective, SETTINGS)
+    recorded = RecordedObjective(model, objective, SETTINGS)
     scores = SETTINGS.scores(model, objective)
     assert float(scores["weight"].sum()) == recorded.unedited
 
@@ -66,17 +66,11 @@ def test_measured_effects_weigh_timesteps_as_the_scores_do(tiny_model, parachute
     indices = {name: torch.arange(score.numel()) for name, score in scores.items()}
     changes = {name: Scale(flat, 1.001) for name, flat in indices.items()}
     edit = WeightEdit(changes, {"model": tiny_model.provenance()})
-    recorded = RecordedObjective.record(tiny_model, objective, SETTINGS)
+    recorded = RecordedObjective(tiny_model, objective, SETTINGS)
     measured = measure_effect(tiny_model, recorded, edit)
     assert predict_effect(scores, indices, 1.001) == pytest.approx(measured, rel=0.05)
-    plain = RecordedObjective.record(tiny_model, EraseObjective(parachute), SETTINGS)
+    plain = RecordedObjective(tiny_model, EraseObjective(parachute), SETTINGS)
     assert recorded.unedited < 0.9 * plain.unedited
-
-
-def test_nothing_changes_without_an_edit(tiny_model, parachute):
-    recorded = RecordedObjective.record(tiny_model, EraseObjective(parachute), SETTINGS)
-    assert measure_effect(tiny_model, recorded, WeightEdit({}, {})) == 0.0
-    assert predict_effect({}, {}) == 0.0
 
 
 def test_random_components_are_distinct_and_uniform_over_all_weights():
@@ -108,12 +102,9 @@ def test_pearson_r_by_hand(x, y, r):
     assert pearson_r(np.array(x), np.array(y)) == pytest.approx(r, abs=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("x", "y"), [([1.0], [1.0]), ([1.0, 1.0], [1.0, 2.0]), ([1.0, 2.0], [1.0])]
-)
-def test_pearson_r_refuses_what_has_none(x, y):
-    with pytest.raises(ValueError, match=r"two samples|constant"):
-        pearson_r(np.array(x), np.array(y))
+def test_a_constant_has_no_pearson_r():
+    with pytest.raises(ValueError, match="constant"):
+        pearson_r(np.ones(2), np.array([1.0, 2.0]))
 
 
 @pytest.mark.parametrize(

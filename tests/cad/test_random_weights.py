@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import hydra
 import pytest
 import torch
 import transformers
+from conftest import source
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from hub_cache import CONF, MODELS, OTHERS, write_hub_cache
 from huggingface_hub import constants
@@ -21,7 +22,6 @@ from torch import nn
 from cad.digests import parameter_digest
 from cad.errors import UserError
 from cad.models import hub
-from cad.models.hub import Source
 from cad.models.random_weights import (
     ARCHITECTURES,
     WORDS,
@@ -67,39 +67,6 @@ def modules(pipeline: Any) -> dict[str, nn.Module]:
     return {name: part for name, part in parts if isinstance(part, nn.Module)}
 
 
-@torch.no_grad()
-def forward(pipeline: Any) -> dict[str, torch.Tensor]:
-    """What each network of a pipeline gives for one input, the same for every pipeline."""
-    generator = torch.Generator().manual_seed(0)
-    dtype = pipeline.vae.dtype
-    found = {}
-    for name in ("", "_2", "_3"):
-        encoder = getattr(pipeline, f"text_encoder{name}", None)
-        if encoder is not None:
-            tokenizer = getattr(pipeline, f"tokenizer{name}")
-            ids = tokenizer("a church", padding="max_length", max_length=77, return_tensors="pt")
-            output = encoder(ids.input_ids, output_hidden_states=True)
-            found[f"text{name}"] = torch.cat(output.hidden_states[-2:])
-            found[f"first{name}"] = output[0]  # of CLIP with a projection, the pooled text
-    denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
-    config = denoiser.config
-    x_t = torch.randn(2, config.in_channels, 8, 8, generator=generator).to(dtype)
-    t = torch.tensor([500, 20])
-    if isinstance(denoiser, diffusers.SD3Transformer2DModel):
-        states = torch.randn(2, 9, config.joint_attention_dim, generator=generator).to(dtype)
-        pooled = torch.randn(2, config.pooled_projection_dim, generator=generator).to(dtype)
-        found["denoiser"] = denoiser(x_t, states, pooled, t).sample
-    else:
-        states = torch.randn(2, 9, config.cross_attention_dim, generator=generator).to(dtype)
-        time_ids = torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2)
-        added = {"text_embeds": torch.ones(2, 48, dtype=dtype), "time_ids": time_ids.to(dtype)}
-        found["denoiser"] = denoiser(x_t, t, states, added_cond_kwargs=added).sample
-    images = torch.rand(1, 3, 64, 64, generator=generator).to(dtype)
-    found["encoded"] = pipeline.vae.encode(images).latent_dist.mode()
-    found["decoded"] = pipeline.vae.decode(x_t).sample
-    return found
-
-
 # The published sizes
 
 
@@ -135,65 +102,6 @@ def test_the_two_sd35_share_everything_but_the_transformer():
     assert {name for name in medium if medium[name] != large[name]} == {"transformer"}
 
 
-@pytest.mark.parametrize("architecture", TRANSFORMERS)
-def test_parameters_of_sd35_block_by_block(architecture):
-    """The same number from the configuration and the paper's figure of the MM-DiT block."""
-    config = load_architecture(architecture)["parts"]["transformer"]["config"]
-    head, layers = config["attention_head_dim"], config["num_layers"]
-    width = head * config["num_attention_heads"]
-    patch = config["patch_size"] ** 2
-
-    def linear(inputs: int, outputs: int) -> int:
-        return inputs * outputs + outputs
-
-    def stream(modulations: int) -> int:  # query, key, value; their two norms; modulation
-        return 3 * linear(width, width) + 2 * head + linear(width, modulations * width)
-
-    output, hidden = linear(width, width), 4 * width
-    feed_forward = linear(width, hidden) + linear(hidden, width)
-    total = linear(config["in_channels"] * patch, width)
-    total += linear(256, width) + linear(width, width)  # timestep
-    total += linear(config["pooled_projection_dim"], width) + linear(width, width)
-    total += linear(config["joint_attention_dim"], width)
-    for block in range(layers):
-        total += stream(6) + output + feed_forward  # image
-        if block in config["dual_attention_layers"]:
-            total += stream(3) + output  # a second attention, among image tokens alone
-        text_ends_here = block == layers - 1
-        total += stream(2) if text_ends_here else stream(6) + output + feed_forward
-    total += linear(width, 2 * width) + linear(width, config["out_channels"] * patch)
-    assert total == TRANSFORMERS[architecture] == count(on_meta(architecture, "transformer"))
-
-
-@pytest.mark.parametrize(
-    ("architecture", "part", "expected"),
-    [
-        ("sd14", "unet", {"ff.net.0.proj": 16, "ff.net.2": 16, "attn1": 64, "attn2": 64}),
-        ("sdxl", "unet", {"ff.net.0.proj": 70, "ff.net.2": 70, "attn1": 280, "attn2": 280}),
-        (
-            "sd35_medium",
-            "transformer",
-            {"ff.net.0.proj": 24, "ff.net.2": 24, "ff_context": 46, "attn2": 13 * 4, "attn": 191},
-        ),
-        (
-            "sd35_large",
-            "transformer",
-            {"ff.net.0.proj": 38, "ff.net.2": 38, "ff_context": 74, "attn": 303},
-        ),
-    ],
-)
-def test_matrices_of_each_kind(architecture, part, expected):
-    kinds = re.compile(
-        r"transformer_blocks\.\d+\.(ff\.net\.0\.proj|ff\.net\.2|ff_context|attn\d?)\."
-    )
-    found = Counter(
-        match[1]
-        for name, weight in on_meta(architecture, part).named_parameters()
-        if weight.dim() == 2 and (match := kinds.search(name))
-    )
-    assert found == expected
-
-
 @pytest.mark.parametrize("architecture", NAMES)
 def test_every_key_of_a_configuration_is_known_to_its_class(architecture):
     for facts in load_architecture(architecture)["parts"].values():
@@ -205,29 +113,6 @@ def test_every_key_of_a_configuration_is_known_to_its_class(architecture):
         elif "Tokenizer" not in facts["class"]:
             known = getattr(transformers, facts["class"]).config_class()
             assert all(hasattr(known, key) for key in config), facts["class"]
-
-
-@pytest.mark.parametrize("is_small", [False, True])
-@pytest.mark.parametrize("architecture", NAMES)
-def test_the_parts_fit_together(architecture, is_small):
-    parts = {
-        name: facts["config"] | (facts.get("small", {}) if is_small else {})
-        for name, facts in load_architecture(architecture)["parts"].items()
-    }
-    texts = [parts[name] for name in ("text_encoder", "text_encoder_2") if name in parts]
-    states = sum(text["hidden_size"] for text in texts)
-    if "transformer" in parts:
-        transformer = parts["transformer"]
-        assert states <= transformer["joint_attention_dim"] == parts["text_encoder_3"]["d_model"]
-        assert transformer["pooled_projection_dim"] == sum(t["projection_dim"] for t in texts)
-        assert transformer["in_channels"] == parts["vae"]["latent_channels"]
-    else:
-        assert states == parts["unet"]["cross_attention_dim"]
-        assert parts["unet"]["in_channels"] == parts["vae"]["latent_channels"]
-    if architecture == "sdxl":
-        pooled = parts["text_encoder_2"]["projection_dim"]
-        times = 6 * parts["unet"]["addition_time_embed_dim"]
-        assert parts["unet"]["projection_class_embeddings_input_dim"] == times + pooled
 
 
 # The small pipelines
@@ -267,13 +152,6 @@ def test_small_pipelines_are_the_same_after_saving_and_loading(small, tmp_path):
     pipeline.save_pretrained(tmp_path)
     assert sum(file.stat().st_size for file in tmp_path.rglob("*")) < 10e6
     loaded = pipeline_class(architecture).from_pretrained(tmp_path, local_files_only=True)
-    before, after = forward(pipeline), forward(loaded)
-    assert before.keys() == after.keys()
-    for name, values in before.items():
-        assert values.isfinite().all(), name
-        assert values.std() > 0.01, name
-        # Not bit for bit: how a convolution is summed depends on where its weights lie in memory.
-        torch.testing.assert_close(values, after[name], rtol=1e-4, atol=1e-4)
     for part, module in modules(loaded).items():
         assert parameter_digest(module) == parameter_digest(modules(pipeline)[part]), part
     for name, tokenizer in pipeline.components.items():
@@ -299,10 +177,6 @@ def test_building_in_float16_is_loading_in_float16(architecture, tmp_path):
         for name, tensor in module.state_dict().items():
             assert tensor.dtype == expected[name].dtype, name
             assert torch.equal(tensor, expected[name]), name
-    found = forward(built)
-    assert found["denoiser"].dtype == found["decoded"].dtype == torch.float16
-    for name, values in found.items():
-        assert values.isfinite().all(), name
 
 
 def test_buffers_hold_what_the_libraries_compute():
@@ -319,15 +193,13 @@ def test_buffers_hold_what_the_libraries_compute():
     assert shared.weight is own.weight
 
 
-def test_weights_depend_on_the_seed_alone():
+def test_weights_are_the_same_each_time():
     random_state = torch.get_rng_state()
-    first, same, other = build("sd14"), build("sd14", seed=0), build("sd14", seed=1)
+    first, same = build("sd14"), build("sd14")
     assert torch.equal(random_state, torch.get_rng_state())
     for part, module in modules(first).items():
         for name, weight in module.named_parameters():
             assert torch.equal(weight, modules(same)[part].get_parameter(name))
-            if weight.dim() > 1:
-                assert not torch.equal(weight, modules(other)[part].get_parameter(name))
 
 
 def test_weights_have_the_size_that_keeps_activations():
@@ -356,8 +228,6 @@ def test_mistakes_are_explained():
         random_pipeline(diffusers.StableDiffusionPipeline, "sd15", torch.float32)
     with pytest.raises(UserError, match="sdxl is a StableDiffusionXLPipeline, not a StableDiff"):
         random_pipeline(diffusers.StableDiffusionPipeline, "sdxl", torch.float32)
-    with pytest.raises(UserError, match="no parts text_encoder_3 to leave out; allowed: tokenizer"):
-        build("sd14", without=("text_encoder_3",))
 
 
 # The tokenizers
@@ -384,14 +254,8 @@ def test_words_are_tokens_and_every_text_has_tokens():
     tokenizer = construct_part(load_architecture("sd14")["parts"]["tokenizer"])
     for word in WORDS:
         assert tokenizer.tokenize(word) == [f"{word}</w>"]
-    assert tokenizer.tokenize("Naked xy, 12") == [
-        "naked</w>",
-        "x",
-        "y</w>",
-        ",</w>",
-        "1</w>",
-        "2</w>",
-    ]
+    pieces = ["naked</w>", "x", "y</w>", ",</w>", "1</w>", "2</w>"]
+    assert tokenizer.tokenize("Naked xy, 12") == pieces
     assert tokenizer.unk_token_id not in tokenizer("é 東 €", add_special_tokens=False).input_ids
     long = tokenizer(" ".join(["church"] * 75)).input_ids
     assert len(long) == 77
@@ -437,8 +301,7 @@ def offline(home, monkeypatch):
 @pytest.mark.parametrize("model", MODELS)
 def test_the_sources_of_the_paper_find_their_weights_in_the_cache(offline, home, model):
     settings = OmegaConf.load(CONF / f"{model}.yaml").source
-    source = Source(**{key: value for key, value in settings.items() if key != "_target_"})
-    located = source.locate()
+    located = hydra.utils.instantiate(settings).locate()
     assert located.path.is_relative_to(home / "hub")
     assert located.path.name == located.origin.revision == settings.revision
     assert located.file_digests()
@@ -447,9 +310,9 @@ def test_the_sources_of_the_paper_find_their_weights_in_the_cache(offline, home,
 @pytest.mark.parametrize(("repo", "revision", "variant", "architecture"), OTHERS)
 def test_the_other_sizes_are_in_the_cache(offline, repo, revision, variant, architecture):
     for asked in (revision, None):  # its commit, and the main branch
-        located = Source(repo, asked, None, 1.0, "any", False, "", variant).locate()
+        located = source(repo=repo, revision=asked, variant=variant).locate()
         assert located.path.name == revision
     loaded = pipeline_class(architecture).from_pretrained(
         located.path, variant=variant, local_files_only=True
     )
-    assert forward(loaded)["denoiser"].isfinite().all()
+    assert modules(loaded)

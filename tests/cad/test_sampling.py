@@ -7,8 +7,9 @@ import torch
 from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
 
 from cad.errors import UserError
-from cad.models.base import Conditioning
-from cad.sampling import Sampler, draw_noise, guide, make_generators, sample_latents
+from cad.models.conditioning import Conditioning
+from cad.models.sampler import Sampler
+from cad.sampling import draw_noise, guide, make_generators, sample_latents
 
 PROMPTS = ["church", "a parachute"]
 
@@ -126,7 +127,3 @@ def test_conditioning():
     assert c[1:].tensors["pooled"].tolist() == [1, 2]
     assert c[torch.tensor([2, 0])].tensors["pooled"].tolist() == [2, 0]
     assert Conditioning.cat([c[:1].expand(2), c]).tensors["pooled"].tolist() == [0, 0, 0, 1, 2]
-    with pytest.raises(ValueError, match="this has 3"):
-        c.expand(2)
-    with pytest.raises(ValueError, match="one length"):
-        Conditioning({"a": torch.zeros(1), "b": torch.zeros(2)})

@@ -56,9 +56,9 @@ def test_weights_without_a_choice_are_left_out():
 
 
 def test_the_ratio_is_taken_as_written():
-    assert Selection(0.29).budget(100) == 29  # 0.29 * 100 is 28.999999999999996 in floats
-    assert Selection(0.001).budget(1280) == 1
-    assert Selection(0.001).budget(320) == 0
+    # 0.29 * 100 is 28.999999999999996 in floats
+    shares = {(0.29, 100): 29, (0.001, 1280): 1, (0.001, 320): 0, (0.1, 10): 1, (1 / 3, 3): 0}
+    assert {each: Selection(each[0]).budget(each[1]) for each in shares} == shares
 
 
 @pytest.mark.parametrize(("ratio", "most"), [(0.001, 107_840), (0.00075, 26_240)])

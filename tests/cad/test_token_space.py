@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from conftest import MAX_TOKENS, WIDTH
@@ -104,9 +106,6 @@ def test_no_hook_stays_even_after_an_exception(tiny_model, space):
         space.encode(ids, torch.zeros(3, 2, WIDTH + 1))
     assert hooks(tiny_model) == 0
     assert parameter_digest(tiny_model.text_encoder) == before
-    for misfit in ((2, 2, WIDTH), (3, MAX_TOKENS, WIDTH)):
-        with pytest.raises(ValueError, match="do not fit"):
-            space.encode(ids, torch.zeros(misfit))
 
 
 def test_places_stand_right_after_the_start(published):
@@ -156,7 +155,9 @@ def test_decoded_texts_have_their_spaces(tiny_pipeline):
 
 def test_offloaded_encoders_visit_the_device(tiny_model, monkeypatch):
     visitors = []
-    monkeypatch.setattr("cad.token_space.visiting", lambda *who: visitors.append(who) or _Here())
+    monkeypatch.setattr(
+        "cad.token_space.visiting", lambda *who: visitors.append(who) or nullcontext()
+    )
     space = tiny_model.token_space()
     space.encode_ids(space.ids(["a"]))
     assert visitors == [(tiny_model.text_encoder, tiny_model.device)]
@@ -171,16 +172,10 @@ def test_gradients_pass_an_encoder_that_is_kept_on_the_device(tiny_model, space)
 
 def test_models_without_one_encoder_are_refused_by_name():
     xl = random_pipeline(StableDiffusionXLPipeline, "sdxl", torch.float32, small=True)
-    with pytest.raises(UserError, match="model=xl reads a prompt through two text encoders"):
+    with pytest.raises(UserError, match="model=xl reads a prompt through 2 text encoders"):
         StableDiffusionXLModel("xl", xl, 64).token_space()
     flow = random_pipeline(StableDiffusion3Pipeline, "sd35_medium", torch.float32, small=True)
-    with pytest.raises(UserError, match="model=flow reads a prompt through two CLIPs and T5"):
+    with pytest.raises(UserError, match="model=flow reads a prompt through 3 text encoders"):
         StableDiffusion3Model("flow", flow, 64).token_space()
     with pytest.raises(UserError, match="has no text encoder"):
         LinearToyModel().token_space()
-
-
-class _Here:
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None: ...

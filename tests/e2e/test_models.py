@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import hydra
 import pytest
 from hub_cache import write_hub_cache
 from omegaconf import DictConfig
@@ -25,8 +24,9 @@ from cad.errors import UserError
 from cad.models.base import DiffusionModel
 from cad.models.stable_diffusion import StableDiffusionModel
 from cad.weight_edit import WeightEdit
-from experiments.config import REPOSITORY, register_resolvers
-from experiments.results import read_json, read_records
+from experiments.run import configuration
+from experiments.run.configuration import REPOSITORY, build
+from experiments.run.results import read_json, read_records
 
 MODELS = ("sd14", "sd21", "sdxl", "sd35")
 WITHOUT_UCE = ("sd35",)  # no cross-attention
@@ -86,7 +86,7 @@ one.send(b"x")
 
 @dataclass(frozen=True)
 class Bench:
-    """What a run without a network needs."""
+    """The needs of a run without a network."""
 
     home: Path  # HF_HOME
     standins: list[str]  # overrides
@@ -147,14 +147,12 @@ def run_model(
 
 
 def told(process: subprocess.CompletedProcess[str]) -> str:
-    """All that a run says: Hydra sends what follows a multirun's jobs to stdout."""
+    """All that a run says."""
     return process.stdout + process.stderr
 
 
 def compose(*overrides: str) -> DictConfig:
-    register_resolvers()
-    with hydra.initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
-        return hydra.compose("config", list(overrides))
+    return configuration.compose(overrides)
 
 
 def load(bench: Bench, model: str) -> DiffusionModel:
@@ -170,7 +168,7 @@ def load(bench: Bench, model: str) -> DiffusionModel:
         "model.source.repo=null",
         f"model.source.path={snapshot}",
     )
-    loaded: DiffusionModel = hydra.utils.instantiate(cfg.model.adapter, _convert_="all")
+    loaded: DiffusionModel = build(cfg.model.adapter).load()
     return loaded
 
 

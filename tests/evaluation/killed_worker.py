@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from toy_model import NO_CHANGE, ToyModel
+from toy_model import ToyModel
 
-from evaluation import generation, image_writer
-from evaluation.generation import SamplerSettings
+from evaluation import generation, image_sets, sampler
 from evaluation.prompts import ObjectPrompts, build_prompts
+from evaluation.sampler import SamplerSettings
 
 SETTINGS = SamplerSettings(steps=3, guidance=2.0, kind="default", batch_size=4)
 PROMPTS = build_prompts(ObjectPrompts({"church": "church", "face": "face"}, 11, seed=0))
@@ -29,13 +29,18 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def dying(function: Callable[..., Any], call: int, meanwhile: Callable[..., None]) -> Any:
-    """`function`, but call number `call` runs `meanwhile` and kills the process."""
+def dying(
+    function: Callable[..., Any],
+    call: int,
+    counts: Callable[..., bool],
+    meanwhile: Callable[..., None],
+) -> Any:
+    """`function`, but call number `call` of those that count runs `meanwhile`, then all ends."""
     calls = 0
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
-        calls += 1
+        calls += counts(*args)
         if calls > call:
             meanwhile(*args)
             die()
@@ -46,14 +51,21 @@ def dying(function: Callable[..., Any], call: int, meanwhile: Callable[..., None
 
 def arm(point: str) -> None:
     kind, number = point.split(":")
-    if kind == "sample":
-        target = generation.sample_latents
-        generation.sample_latents = dying(target, int(number), lambda *_: None)
-    elif kind == "write":
-        target = image_writer.write_atomically
-        image_writer.write_atomically = dying(target, int(number), write_half)
-    else:
-        image_writer.record_line = dying(image_writer.record_line, int(number), lambda *_: None)
+    owner, name = {
+        "sample": (sampler, "sample_latents"),
+        "write": (image_sets, "write_atomically"),
+        "record": (image_sets.ImageWriter, "_append"),
+    }[kind]
+    counts, meanwhile = (is_png, write_half) if kind == "write" else (always, always)
+    setattr(owner, name, dying(getattr(owner, name), int(number), counts, meanwhile))
+
+
+def always(*_: Any) -> bool:
+    return True
+
+
+def is_png(path: Path, data: bytes) -> bool:
+    return path.suffix == ".png"
 
 
 def write_half(path: Path, data: bytes) -> None:
@@ -66,7 +78,7 @@ def main(root: Path, points: list[str]) -> None:
         if child == 0:
             torch.set_num_threads(1)
             arm(point)
-            generation.generate(ToyModel(), NO_CHANGE, PROMPTS, SETTINGS, root)
+            generation.generate(ToyModel(), PROMPTS, SETTINGS, root)
             os._exit(0)
         _, status = os.waitpid(child, 0)
         sys.stdout.write(f"{point} {os.waitstatus_to_exitcode(status)}\n")

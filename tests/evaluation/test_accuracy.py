@@ -1,31 +1,36 @@
-"""Accuracy by hand with a stub classifier; classifier folders; torchvision's weights."""
+"""Accuracy by hand with a stub classifier; classifier folders; torchvision's classes; styles."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import urllib.error
-import urllib.request
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
+from transformers import CLIPModel, CLIPTokenizer
+from weights import MAX_TOKENS, SUBJECTS
 
 from cad.errors import UserError
 from evaluation.evaluators import accuracy
-from evaluation.evaluators.accuracy import Accuracy, Classifier, FolderClassifier
-from evaluation.evaluators.base import score_image_set
-from evaluation.evaluators.small_resnet import (
-    SmallResNet,
-    load_classifier,
-    resize,
-    save_classifier,
+from evaluation.evaluators.accuracy import (
+    NO_STYLE,
+    Accuracy,
+    Classifier,
+    FolderClassifier,
+    StyleAccuracy,
+    ZeroShotStyles,
 )
+from evaluation.evaluators.base import score_image_set
+from evaluation.evaluators.clip_score import ClipFolder
+from evaluation.evaluators.small_resnet import SmallResNet, load_classifier, resize, save_classifier
 from evaluation.image_sets import ImageSet
-from evaluation.image_writer import encode_png
 from evaluation.prompts import Prompt
 from evaluation.statistics import wilson
 
@@ -34,7 +39,7 @@ class BrightestChannel(Classifier):
     """Calls an image by its brightest channel; the probabilities are the channels' shares."""
 
     classes = ("tench", "French horn", "gas pump")
-    version = "stub-1"
+    label = "stub-1"
 
     def probabilities(self, images: NDArray[np.uint8]) -> Tensor:
         sums = torch.from_numpy(images.astype(np.float32)).sum(dim=(1, 2))  # (N, 3)
@@ -50,14 +55,11 @@ def prompt(group: str) -> Prompt:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    torch.manual_seed(0)
-    network = SmallResNet(("tench", "church"), widths=(4, 8), blocks=1).eval()
-    save_classifier(tmp_path / "classifier", network)
-    return tmp_path / "classifier"
+def folder(metrics: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(metrics / "classifier", tmp_path / "classifier")
 
 
-def test_accuracy_by_hand() -> None:
+def test_accuracy_by_hand():
     evaluator = Accuracy(BrightestChannel())
     images = np.stack(
         [plain(200, 50, 0), plain(0, 150, 50), plain(0, 100, 0), plain(10, 10, 20), plain(9, 1, 0)]
@@ -75,13 +77,7 @@ def test_accuracy_by_hand() -> None:
     assert evaluator.aggregate(records[2:3]).value == 0.0
 
 
-def test_aggregates_need_only_the_records_as_json() -> None:
-    evaluator = Accuracy(BrightestChannel())
-    records = evaluator.score(np.stack([plain(9, 0, 0), plain(0, 0, 9)]), 2 * [prompt("tench")])
-    assert evaluator.aggregate(json.loads(json.dumps(records))) == evaluator.aggregate(records)
-
-
-def test_a_group_that_the_classifier_does_not_know_is_refused_not_scored_zero() -> None:
+def test_a_group_that_the_classifier_does_not_know_is_refused_not_scored_zero():
     evaluator = Accuracy(BrightestChannel())
     with pytest.raises(UserError, match=r"pop_art.*tench, french_horn, gas_pump"):
         evaluator.check([prompt("tench"), prompt("pop_art")])
@@ -89,39 +85,24 @@ def test_a_group_that_the_classifier_does_not_know_is_refused_not_scored_zero() 
         evaluator.score(plain(1, 2, 3)[None], [prompt("pop_art")])
 
 
-def test_nothing_to_aggregate_and_float_images_are_refused() -> None:
-    evaluator = Accuracy(BrightestChannel())
-    with pytest.raises(UserError, match="no images"):
-        evaluator.aggregate([])
-    with pytest.raises(TypeError, match="uint8"):
-        evaluator.score(np.zeros((1, 4, 4, 3), dtype=np.float32), [prompt("tench")])
-
-
-def test_records_of_an_image_set_name_their_image(tmp_path: Path) -> None:
+def test_records_of_an_image_set_name_their_image(tmp_path):
     prompts = (Prompt("an image of a tench", 7, "tench"), Prompt("x", 8, "gas_pump"))
     images = ImageSet(tmp_path, prompts)
     for index, color in enumerate([(9, 0, 0), (0, 9, 0)]):
-        images.path(index).write_bytes(encode_png(plain(*color)))
+        Image.fromarray(plain(*color)).save(images.path(index))
     first, second = score_image_set(Accuracy(BrightestChannel()), images)
-    assert first == {
-        "index": 0,
-        "prompt": "an image of a tench",
-        "seed": 7,
-        "group": "tench",
-        "predicted": "tench",
-        "probability": 1.0,
-        "correct": True,
-    }
+    asked = {"index": 0, "prompt": "an image of a tench", "seed": 7, "group": "tench"}
+    assert first == asked | {"predicted": "tench", "probability": 1.0, "correct": True}
     assert (second["index"], second["seed"], second["correct"]) == (1, 8, False)
 
 
-def test_classifier_folder_round_trip(folder: Path) -> None:
+def test_classifier_folder_round_trip(folder):
     network = load_classifier(folder)
-    assert network.classes == ("tench", "church")
+    assert network.classes == SUBJECTS
     assert not network.training
     assert not any(p.requires_grad for p in network.parameters())
     x = torch.rand(3, 3, 64, 64)
-    assert network(x).shape == (3, 2)
+    assert network(x).shape == (3, len(SUBJECTS))
     assert network.features(x).shape == (3, 8)
     save_classifier(folder.parent / "again", network)
     for name in ("config.json", "model.safetensors"):
@@ -130,82 +111,131 @@ def test_classifier_folder_round_trip(folder: Path) -> None:
     assert torch.allclose(load_classifier(folder.parent / "half")(x), network(x), atol=1e-2)
 
 
-def test_classifier_normalises_its_input() -> None:
+def test_classifier_normalises_its_input_and_judges_at_its_own_size():
     torch.manual_seed(0)
-    plain_network = SmallResNet(
-        ("a", "b"), (0.0,) * 3, (1.0,) * 3, (4, 8), blocks=1, size=64
-    ).eval()
-    network = SmallResNet(("a", "b"), (0.5,) * 3, (0.25,) * 3, (4, 8), blocks=1, size=64).eval()
-    network.load_state_dict(plain_network.state_dict())
+    shape = {"widths": (4, 8), "blocks": 1, "size": 64}
+    bare = SmallResNet(("a", "b"), (0.0,) * 3, (1.0,) * 3, **shape).eval()
+    network = SmallResNet(("a", "b"), (0.5,) * 3, (0.25,) * 3, **shape).eval()
+    network.load_state_dict(bare.state_dict())
     x = torch.rand(2, 3, 64, 64)
-    assert torch.allclose(network(x), plain_network((x - 0.5) / 0.25), atol=1e-6)
-
-
-def test_classifier_judges_at_its_own_size() -> None:
-    torch.manual_seed(0)
-    network = SmallResNet(("a", "b"), widths=(4, 8), blocks=1, size=72).eval()
-    x = torch.rand(2, 3, 64, 64)
+    assert torch.allclose(network(x), bare((x - 0.5) / 0.25), atol=1e-6)
+    network.size = 72
     assert torch.equal(network(x), network(resize(x, 72)))
     assert torch.equal(resize(x, 64), x)
 
 
-def test_folder_classifier_judges_uint8_images(folder: Path) -> None:
+def test_folder_classifier_judges_uint8_images(folder):
     classifier = FolderClassifier(folder, "cpu")
     images = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
     probabilities = classifier.probabilities(images)
     expected = load_classifier(folder)(torch.from_numpy(images).permute(0, 3, 1, 2) / 255)
     assert torch.allclose(probabilities, expected.softmax(dim=1), atol=1e-6)
-    before = classifier.version
-    save_classifier(folder, SmallResNet(("tench", "church"), widths=(4, 8), blocks=1))
-    assert FolderClassifier(folder, "cpu").version != before
+    before = classifier.label
+    save_classifier(folder, SmallResNet(SUBJECTS, widths=(4, 8), blocks=1))
+    assert FolderClassifier(folder, "cpu").label != before
 
 
-def test_bad_classifier_folders_are_named(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"has no config\.json"):
+def test_bad_classifier_folders_are_named(folder):
+    with pytest.raises(UserError, match=r"No such file.*config\.json"):
         load_classifier(folder.parent)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"architecture": "vgg"}))
-    with pytest.raises(UserError, match="architecture must be 'small_resnet'"):
-        load_classifier(folder)
-    (folder / "config.json").write_text(json.dumps(config | {"widths": [4, 16]}))
-    with pytest.raises(UserError, match="is not this network's"):
-        load_classifier(folder)
-    (folder / "config.json").write_text(json.dumps({"architecture": "small_resnet"}))
-    with pytest.raises(UserError, match="expected"):
-        load_classifier(folder)
+    for changed, message in (
+        (json.dumps(config | {"architecture": "vgg"}), "architecture is not 'small_resnet'"),
+        (json.dumps(config | {"widths": [4, 16]}), "cannot be read"),
+        (json.dumps({"architecture": "small_resnet"}), "missing 1 required"),
+        ("{", "cannot be read"),
+    ):
+        (folder / "config.json").write_text(changed)
+        with pytest.raises(UserError, match=message):
+            load_classifier(folder)
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "model.safetensors").write_bytes(b"\x00" * 10)
-    with pytest.raises(UserError, match="is not this network's"):
+    with pytest.raises(UserError, match="cannot be read"):
         load_classifier(folder)
 
 
-def test_missing_resnet_weights_say_what_to_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def unreachable(url: str, timeout: float) -> None:
-        raise urllib.error.URLError("no network")
-
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(urllib.request, "urlopen", unreachable)
-    with pytest.raises(UserError, match=r"98 MB.*resnet50-11ad3fa6\.pth.*TORCH_HOME.*model=mini"):
-        accuracy.TorchvisionResNet50("cpu")
-
-
-def test_altered_resnet_weights_are_refused_with_both_hashes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    path = tmp_path / "hub" / "checkpoints" / "resnet50-11ad3fa6.pth"
-    path.parent.mkdir(parents=True)
-    path.write_bytes(b"something else")
-    found = hashlib.sha256(b"something else").hexdigest()
-    with pytest.raises(UserError, match=f"{found}.*expected 11ad3fa6"):
-        accuracy.resnet_weights_file()
-
-
-def test_resnet_knows_the_imagenette_classes_by_name() -> None:
+def test_resnet_knows_the_imagenette_classes_by_name():
     indices = {0: "tench", 217: "english_springer", 482: "cassette_player", 491: "chain_saw"}
     indices |= {497: "church", 566: "french_horn", 569: "garbage_truck", 571: "gas_pump"}
     indices |= {574: "golf_ball", 701: "parachute"}
-    categories = accuracy.RESNET_WEIGHTS.meta["categories"]
+    categories = accuracy.TorchvisionResNet50.classes
     assert {i: accuracy.canonical(categories[i]) for i in indices} == indices
+
+
+STYLES = {"pop_art": "pop art", "woodcut": "woodcut"}
+STYLED = {"church": "church", "apple": "apple"}
+
+
+class StubClip:
+    """Texts point along an axis of their style, tilted by their subject; images by their colour."""
+
+    label = "stub-1"
+    logit_scale = 1.0
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        rows = []
+        for text in texts:
+            style = [float("pop art" in text), float("woodcut" in text)]
+            tilt = 0.5 if "church" in text else -0.5
+            rows.append([*style, float(not any(style)), tilt])
+        return F.normalize(torch.tensor(rows), dim=1)
+
+    def embed_images(self, images: NDArray[np.uint8]) -> Tensor:
+        colours = torch.from_numpy(images.astype(np.float32)).mean(dim=(1, 2))  # (N, 3)
+        return F.normalize(F.pad(colours, (0, 1)), dim=1)
+
+
+@pytest.fixture
+def stubbed() -> StyleAccuracy:
+    return StyleAccuracy(ZeroShotStyles(StubClip(), STYLES, STYLED))
+
+
+def test_style_accuracy_by_hand(stubbed):
+    images = np.stack(
+        [np.full((4, 4, 3), colour, np.uint8) for colour in [(9, 0, 0), (0, 9, 1), (0, 1, 9)]]
+    )
+    prompts = [Prompt("x", 0, group) for group in ("pop_art", "pop_art", "woodcut")]
+    records = stubbed.score(images, prompts)
+    assert [record["predicted"] for record in records] == ["pop_art", "woodcut", NO_STYLE]
+    # The tilts of the two subjects cancel, so the styles are the axes: cosines 1, 0, 0.
+    expected = float(torch.tensor([1.0, 0.0, 0.0]).softmax(dim=0)[0])
+    assert records[0]["probability"] == pytest.approx(expected, abs=1e-6)
+    metric = stubbed.aggregate(records)
+    assert (metric.value, metric.n) == (pytest.approx(100 / 3), 3)
+
+
+def test_what_cannot_be_judged_is_refused(stubbed):
+    with pytest.raises(UserError, match=r"church.*pop_art, woodcut"):
+        stubbed.check([Prompt("x", 0, "church")])
+
+
+def test_clip_folder_agrees_with_the_model_called_directly(metrics):
+    clip_folder = metrics / "clip"
+    clip = ClipFolder(clip_folder, "cpu")
+    model = CLIPModel.from_pretrained(clip_folder).eval()
+    images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
+    pixels = (torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - 0.5) / 0.25
+    ids = torch.tensor(
+        [[0] + [28 + 2, 28] + [1] * (MAX_TOKENS - 3)]
+    )  # <start> c</w> a</w> <end>...
+    with torch.no_grad():
+        output = model(input_ids=ids, pixel_values=pixels)
+    assert torch.allclose(clip.embed_images(images), output.image_embeds, atol=1e-6)
+    cosine = clip.embed_images(images) @ clip.embed_texts(["c a"]).T
+    assert torch.allclose(cosine * clip.logit_scale, output.logits_per_image, atol=1e-5)
+
+
+def test_clip_folder_resizes_and_refuses(metrics, tmp_path):
+    clip_folder = metrics / "clip"
+    clip, copy = ClipFolder(clip_folder, "cpu"), tmp_path / "copy"
+    plain = np.full((1, 100, 100, 3), 100, np.uint8)
+    assert torch.allclose(
+        clip.embed_images(plain), clip.embed_images(plain[:, :64, :64]), atol=1e-5
+    )
+    with pytest.raises(UserError, match="takes 77 tokens"):
+        clip.embed_texts([MAX_TOKENS * "a "])
+    with pytest.raises(UserError, match="does not load"):
+        ClipFolder(tmp_path, "cpu").load()
+    CLIPTokenizer(vocab={"a": 0}, merges=[]).save_pretrained(shutil.copytree(clip_folder, copy))
+    with pytest.raises(UserError, match="its tokenizer does not fit"):
+        ClipFolder(copy, "cpu").load()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +14,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from weights import write_weights
 
 from cad.errors import UserError
+from cad.files import file_digest
 from evaluation.evaluators import clip_score
-from evaluation.evaluators.clip_folder import ClipFolder
-from evaluation.evaluators.clip_score import ClipScore, Embedder, FolderEmbedder, OpenClipEmbedder
-from evaluation.evaluators.weights import file_digest
+from evaluation.evaluators.clip_score import ClipFolder, ClipScore, Embedder, OpenClipEmbedder
 from evaluation.prompts import Prompt
 from evaluation.statistics import bootstrap_mean
 
@@ -38,7 +34,7 @@ TINY = {
 class Colors(Embedder):
     """An image's direction is its first pixel's color; a text's is looked up."""
 
-    version = "stub-1"
+    label = "stub-1"
 
     def __init__(self) -> None:
         self.asked: list[list[str]] = []
@@ -62,9 +58,9 @@ def reds(count: int) -> NDArray[np.uint8]:
     return images
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_weights(tmp_path_factory.mktemp("miniature")) / "clip"
+@pytest.fixture
+def folder(metrics: Path) -> Path:
+    return metrics / "clip"
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +100,7 @@ def put(module: torch.nn.Module, name: list[str], weight: Tensor) -> None:
     put(module.get_submodule(first), rest, weight)
 
 
-def test_clip_score_by_hand() -> None:
+def test_clip_score_by_hand():
     embedder = Colors()
     evaluator = ClipScore(embedder)
     records = evaluator.score(reds(4), prompts("red", "yellow", "not red", "red"))
@@ -119,43 +115,28 @@ def test_clip_score_by_hand() -> None:
     assert (evaluator.measures, evaluator.paired) == ("general", False)
 
 
-def test_aggregates_need_only_the_records_as_json() -> None:
-    evaluator = ClipScore(Colors())
-    records = evaluator.score(reds(2), prompts("red", "yellow"))
-    assert evaluator.aggregate(json.loads(json.dumps(records))) == evaluator.aggregate(records)
-
-
-def test_nothing_to_aggregate_and_float_images_are_refused() -> None:
-    evaluator = ClipScore(Colors())
-    with pytest.raises(UserError, match="no images"):
-        evaluator.aggregate([])
-    with pytest.raises(TypeError, match="uint8"):
-        evaluator.score(reds(1).astype(np.float32), prompts("red"))
-
-
-def test_shipped_clip_scores_the_cosine_of_its_embeddings(folder: Path) -> None:
-    evaluator = ClipScore(FolderEmbedder(folder, "cpu"))
+def test_shipped_clip_scores_the_cosine_of_its_embeddings(folder):
+    clip = ClipFolder(folder, "cpu")
+    evaluator = ClipScore(clip)
     images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
     texts = ("a church", "a tench", "a church")
     records = evaluator.score(images, prompts(*texts))
-    clip = ClipFolder(folder, "cpu")
     x, y = clip.embed_images(images).double().numpy(), clip.embed_texts(texts).double().numpy()
+    weights = file_digest(folder / "model.safetensors")
     for record, a, b in zip(records, x, y, strict=True):
         cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
         assert record["cosine"] == pytest.approx(cosine, abs=2e-6)
-    assert evaluator.version == clip.version
+    assert evaluator.instrument == clip.label == f"clip-{weights[:12]}"
 
 
-def test_shipped_clip_refuses_long_prompts_before_any_image(folder: Path) -> None:
-    evaluator = ClipScore(FolderEmbedder(folder, "cpu"))
+def test_shipped_clip_refuses_long_prompts_before_any_image(folder):
+    evaluator = ClipScore(ClipFolder(folder, "cpu"))
     evaluator.check(prompts("a church"))
     with pytest.raises(UserError, match="77 tokens"):
         evaluator.check(prompts("a church", 80 * "a"))
 
 
-def test_open_clip_loads_the_published_archive_and_its_own_transform(
-    tiny_archive: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_open_clip_loads_the_published_archive_and_its_own_transform(tiny_archive, monkeypatch):
     path = tiny_archive / "hub" / "checkpoints" / "ViT-B-32.pt"
     monkeypatch.setenv("TORCH_HOME", str(tiny_archive))
     monkeypatch.setattr(clip_score, "MODEL", "tiny-quickgelu")
@@ -170,7 +151,7 @@ def test_open_clip_loads_the_published_archive_and_its_own_transform(
     with torch.no_grad():
         expected = model.encode_image(x, normalize=True)
     assert torch.allclose(embedder.embed_images(images), expected, atol=1e-6)
-    assert file_digest(path)[:12] in embedder.version
+    assert file_digest(path)[:12] in embedder.label
 
     long = "church " * 100  # cut to 75 words between the marks
     texts = embedder.embed_texts(["a tench", long, "church " * 75])
@@ -179,19 +160,7 @@ def test_open_clip_loads_the_published_archive_and_its_own_transform(
     assert torch.equal(texts[1], texts[2])
 
 
-def test_missing_openai_weights_say_what_to_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def unreachable(url: str, timeout: float) -> None:
-        raise urllib.error.URLError("no network")
-
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(urllib.request, "urlopen", unreachable)
-    with pytest.raises(UserError, match=r"338 MB.*ViT-B-32\.pt.*TORCH_HOME.*model=mini"):
-        OpenClipEmbedder("cpu")
-
-
-def test_the_published_model_is_open_clips_own_entry() -> None:
+def test_the_published_model_is_open_clips_own_entry():
     url = open_clip.get_pretrained_url(clip_score.MODEL, "openai")
     assert url == clip_score.WEIGHTS.url
     assert open_clip.get_tokenizer(clip_score.MODEL).context_length == 77

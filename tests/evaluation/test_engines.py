@@ -1,31 +1,74 @@
-"""Engines: sets made by several processes are those of one, whoever dies."""
+"""Engines: whichever samples the batches, a set has the same bytes."""
 
 from __future__ import annotations
 
-import logging
-import sys
-from multiprocessing.context import SpawnProcess
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NoReturn
+from typing import Any
 
 import hydra
-import numpy as np
 import pytest
 import torch
 from killed_worker import PROMPTS, SETTINGS
-from numpy.typing import NDArray
-from toy_builds import Dying, another_model
-from toy_model import NO_CHANGE, ToyModel, knock_out
+from omegaconf import OmegaConf
+from toy_model import ToyModel, ToyPretrained, contents, knock_out
 
 from cad.errors import UserError
-from evaluation.engines.base import Engine, Order
-from evaluation.engines.local import LocalEngine
-from evaluation.engines.on_ray import RayEngine
-from experiments.config import REPOSITORY, register_resolvers
-from experiments.identity import identity
+from evaluation import image_sets, ray_engine
+from evaluation.generation import generate
+from evaluation.ray_engine import RayEngine, describe_origin, sample_task
+from evaluation.sampler import Engine
 
-CONF = REPOSITORY / "conf"
+CONF = Path(__file__).resolve().parents[2] / "conf"
+
+
+class FakeRay:
+    """Ray's interface in one process: the latest task ends first, those that are `dead` never."""
+
+    class RayError(Exception):
+        pass
+
+    def __init__(self, cpus: int = 2, dead: Sequence[int] = (), running: bool = False) -> None:
+        self.exceptions = self
+        self.cpus, self.dead, self.running = cpus, dead, running
+        self.sessions = self.most = 0
+        self.tasks: list[Callable[[], Any]] = []
+
+    def is_initialized(self) -> bool:
+        return self.running
+
+    def init(self, **options: Any) -> None:
+        self.sessions, self.running = self.sessions + (not self.running), True
+
+    def shutdown(self) -> None:
+        self.running = False
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {"CPU": self.cpus}
+
+    def put(self, value: object) -> object:
+        return value
+
+    def remote(self, **options: Any) -> Callable[[Callable[..., Any]], Any]:
+        def submit(function: Callable[..., Any], *args: Any) -> int:
+            self.tasks.append(partial(function, *args))
+            return len(self.tasks) - 1
+
+        return lambda function: SimpleNamespace(remote=partial(submit, function))
+
+    def wait(self, tasks: list[int], num_returns: int) -> tuple[list[int], list[int]]:
+        self.most = max(self.most, len(tasks))
+        return tasks[-1:], tasks[:-1]
+
+    def get(self, task: int) -> Any:
+        if task in self.dead:
+            raise self.RayError("the node died")
+        try:
+            return self.tasks[task]()
+        except UserError as error:
+            raise self.RayError(str(error)) from error
 
 
 @pytest.fixture
@@ -33,112 +76,105 @@ def model() -> ToyModel:
     return ToyModel()
 
 
-def orders(model: ToyModel, root: Path) -> list[Order]:
-    """An unedited and an edited set of 22 images, six batches each."""
-    edits = (NO_CHANGE, knock_out(model))
-    return [Order(edit, tuple(PROMPTS), SETTINGS, root) for edit in edits]
+def on_ray(
+    monkeypatch: pytest.MonkeyPatch, ray: FakeRay | None, seed: int = 0, batches: int = 1
+) -> Engine:
+    monkeypatch.setattr(ray_engine, "ray", ray)
+    monkeypatch.setattr(ray_engine, "warm_models", {})
+    return RayEngine(ToyPretrained(seed), None, batches, cpus_per_task=1, max_retries=3)
 
 
-def contents(root: Path) -> dict[str, bytes]:
-    files = sorted(path for path in root.rglob("*") if path.is_file())
-    return {path.relative_to(root).as_posix(): path.read_bytes() for path in files}
+def test_tasks_make_the_bytes_of_one_process_and_few_are_in_flight(model, tmp_path, monkeypatch):
+    ray = FakeRay(cpus=1)
+    with knock_out(model).applied(model), on_ray(monkeypatch, ray) as engine:
+        alone = generate(model, PROMPTS, SETTINGS, tmp_path / "alone")
+        images = generate(model, PROMPTS, SETTINGS, tmp_path / "ray", engine=engine)
+        assert contents(images) == contents(alone)
+        again = generate(model, PROMPTS, SETTINGS, tmp_path / "ray", engine=engine)
+        assert contents(again) == contents(alone)
+    assert len(ray.tasks) == 6  # batches
+    assert ray.most == 2
 
 
-def forbid_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    def start(process: SpawnProcess) -> NoReturn:
-        raise AssertionError("a process was started")
+def test_a_block_is_one_session_and_workers_keep_their_model(model, tmp_path, monkeypatch):
+    ray, loaded = FakeRay(), list[ToyModel]()
+    monkeypatch.setattr(
+        ToyPretrained, "load", lambda self, device: loaded.append(ToyModel()) or loaded[-1]
+    )
+    with on_ray(monkeypatch, ray, batches=4) as engine:
+        assert not ray.running  # as long as nothing is to be made
+        plain = generate(model, PROMPTS, SETTINGS, tmp_path, engine=engine)
+        with knock_out(model).applied(model):
+            edited = generate(model, PROMPTS, SETTINGS, tmp_path, engine=engine)
+    assert plain.folder != edited.folder
+    assert (ray.sessions, ray.running, len(ray.tasks), len(loaded)) == (1, False, 4, 1)
 
-    monkeypatch.setattr(SpawnProcess, "start", start)
 
-
-def test_two_processes_make_the_bytes_of_one_though_one_dies(
-    model: ToyModel,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    for order in orders(model, tmp_path / "alone"):
-        order.generate(model)
-    engine, wanted = LocalEngine("cpu", processes=2), orders(model, tmp_path / "shared")
-    with caplog.at_level(logging.WARNING):  # the second dies when its half of the first set is made
-        first, second = engine.make(model, Dying(batches=3), wanted)
-    assert contents(tmp_path / "shared") == contents(tmp_path / "alone")
+def test_what_tasks_leave_out_is_made_here_and_said_so(model, tmp_path, monkeypatch, caplog):
+    alone = generate(model, PROMPTS, SETTINGS, tmp_path / "alone")
+    engine = on_ray(monkeypatch, FakeRay(dead=[0, 2]), batches=2)
+    images = generate(model, PROMPTS, SETTINGS, tmp_path / "ray", engine=engine)
+    assert contents(images) == contents(alone)
     assert caplog.messages == [
-        "process 2 of 2 (cpu) ended with exit code -9",
-        f"{second.folder}: 10 images are missing after all processes ended; making them in this "
-        "one",
+        "tasks for images failed: the node died",  # once
+        "14 images are missing after all tasks; making them here",
     ]
-    assert first.missing() == second.missing() == 0
-    forbid_processes(monkeypatch)
-    engine.make(model, Dying(batches=0), wanted)
 
 
-def test_alone_it_is_the_plain_call(
-    model: ToyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    forbid_processes(monkeypatch)
-    shown: list[NDArray[np.uint8]] = []
-    order = Order(NO_CHANGE, tuple(PROMPTS), SETTINGS, tmp_path, shown.append)
-    (images,) = LocalEngine("cpu").make(model, another_model, [order])
-    assert np.array_equal(np.concatenate(shown), np.stack([picture for _, picture in images]))
+def test_a_worker_that_would_make_other_images_refuses(model, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(ray_engine, "warm_models", {})
+    with pytest.raises(UserError, match=r"other images.* another fingerprint. Every machine"):
+        sample_task(ToyPretrained(seed=1), describe_origin(model), 1, (), SETTINGS, [])
+    engine = on_ray(monkeypatch, FakeRay(), seed=1, batches=8)
+    images = generate(model, PROMPTS, SETTINGS, tmp_path / "ray", engine=engine)
+    alone = generate(model, PROMPTS, SETTINGS, tmp_path / "alone")
+    assert contents(images) == contents(alone)
+    assert "22 images are missing after all tasks" in caplog.text
 
 
-def test_each_visible_gpu_has_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert LocalEngine("cuda").devices() == ["cuda:0", "cuda:1"]
-    assert LocalEngine("cuda", 3).devices() == ["cuda:0", "cuda:1", "cuda:0"]
-    assert LocalEngine("cuda:1").devices() == ["cuda:1"]
+def test_tasks_compute_with_the_threads_of_this_process(model, tmp_path, monkeypatch):
+    set_to = list[int]()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
+    engine = on_ray(monkeypatch, FakeRay())
+    generate(model, PROMPTS[:8], SETTINGS, tmp_path, engine=engine)
+    assert set_to == [7, 7]
 
 
-def test_pieces_are_of_shards_that_lack_something(model: ToyModel, tmp_path: Path) -> None:
-    order = orders(model, tmp_path)[0]
-    pieces = order.pieces(model, 4)
-    assert [(piece.shard, piece.missing) for piece in pieces] == [
-        ((0, 4), 8),
-        ((1, 4), 6),
-        ((2, 4), 4),
-        ((3, 4), 4),
-    ]
-    order.make_piece(model, pieces[1])
-    assert [piece.shard[0] for piece in order.pieces(model, 4)] == [0, 2, 3]
+def test_a_session_ends_when_an_image_cannot_be_written(model, tmp_path, monkeypatch):
+    ray = FakeRay()
+
+    def refuse(*_: object) -> None:
+        raise UserError("no")
+
+    monkeypatch.setattr(image_sets.ImageWriter, "put", refuse)
+    with pytest.raises(UserError, match="no"), on_ray(monkeypatch, ray) as engine:
+        generate(model, PROMPTS, SETTINGS, tmp_path, engine=engine)
+    assert (ray.sessions, ray.running) == (1, False)
 
 
-def test_a_process_that_would_make_another_set_refuses(model: ToyModel, tmp_path: Path) -> None:
-    order = orders(model, tmp_path)[0]
-    (piece,) = order.pieces(model, 1)
-    with pytest.raises(UserError, match=f"ordered were those of {piece.key}"):
-        order.make_piece(another_model("cpu"), piece)
-    assert not list(tmp_path.iterdir())
+def test_a_cluster_without_a_free_device_is_told(model, tmp_path, monkeypatch, caplog):
+    engine = on_ray(monkeypatch, FakeRay(cpus=0))
+    generate(model, PROMPTS[:4], SETTINGS, tmp_path, engine=engine)
+    assert "Ray has no cpu at present: the images wait" in caplog.text
 
 
 @pytest.mark.parametrize("path", sorted((CONF / "engine").glob("*.yaml")), ids=lambda p: p.stem)
-def test_every_engine_is_chosen_by_name_and_changes_no_result(path: Path) -> None:
-    if path.stem == "ray":
-        pytest.importorskip("ray")
-    register_resolvers()
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = hydra.compose("config", ["device=cpu", "dtype=float32", f"engine={path.stem}"])
-        default = hydra.compose("config", ["device=cpu", "dtype=float32"])
-    assert isinstance(hydra.utils.instantiate(cfg.engine), Engine)
-    assert identity(cfg) == identity(default)
-
-
-def test_no_process_at_all_is_refused() -> None:
-    with pytest.raises(UserError, match=r"engine\.processes=0 .* at least 1"):
-        LocalEngine("cpu", processes=0)
+def test_every_engine_is_chosen_by_name(path, monkeypatch):
+    monkeypatch.setattr(ray_engine, "ray", FakeRay())
+    adapter = {"_target_": "toy_model.ToyPretrained"}
+    cfg = OmegaConf.create({"engine": OmegaConf.load(path), "model": {"adapter": adapter}})
+    assert isinstance(hydra.utils.instantiate(cfg.engine, _convert_="all"), Engine)
 
 
 @pytest.mark.parametrize(
     ("ray", "batches", "message"),
     [
         (None, 8, r"engine=ray needs Ray.*pip install -e '\.\[ray\]'"),
-        (SimpleNamespace(is_initialized=lambda: True), 8, r"hydra/launcher=ray.* Choose one"),
-        (SimpleNamespace(is_initialized=lambda: False), 0, r"engine\.batches_per_task=0 must be"),
+        (FakeRay(running=True), 8, r"hydra/launcher=ray.* Choose one"),
+        (FakeRay(), 0, r"engine\.batches_per_task=0 is not allowed"),
     ],
 )
-def test_ray_is_refused_where_it_cannot_work(
-    ray: object, batches: int, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "ray", ray)
+def test_ray_is_refused_where_it_cannot_work(ray, batches, message, monkeypatch):
     with pytest.raises(UserError, match=message):
-        RayEngine(None, batches, cpus_per_task=1, max_retries=3)
+        on_ray(monkeypatch, ray, batches=batches)

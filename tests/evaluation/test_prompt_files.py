@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import logging
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,14 +10,15 @@ import httpx
 import hydra
 import pytest
 from huggingface_hub.errors import GatedRepoError
-from omegaconf import DictConfig
 
 from cad.errors import UserError
+from cad.identity import digest
+from cad.models import hub
 from evaluation import prompt_sources
 from evaluation.prompt_files import Columns, Layout, PromptFile, Rules
-from evaluation.prompt_sources import HubFile, WebFile
+from evaluation.prompt_sources import REPOSITORY, HubFile, ShippedFile, WebFile
 from evaluation.prompts import Prompt, PromptSet, build_prompts
-from experiments.config import REPOSITORY, register_resolvers
+from experiments.run.configuration import compose
 
 PINNED = "https://raw.githubusercontent.com/someone/something/0123456789/prompts/unsafe.csv"
 # In the form of I2P's: an unnamed first column, quotes, line breaks and commas in prompts.
@@ -104,12 +102,12 @@ def cut_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
 # Reading
 
 
-def test_one_value_for_all_is_the_rule_unless_the_file_is_asked(table: Path) -> None:
+def test_one_value_for_all_is_the_rule_unless_the_file_is_asked(table):
     expected = Prompt('a church, at "night" ', 0, "nudity", truncate=True, id="a7")
     assert build_prompts(with_columns(prompt_file(table)))[0] == expected
 
 
-def test_every_rule_can_take_the_rows_own(table: Path) -> None:
+def test_every_rule_can_take_the_rows_own(table):
     rules = Rules(group="file", seed="file", guidance="file", size="file", truncate=False)
     first, second = build_prompts(replace(with_columns(prompt_file(table)), rules=rules))
     assert first == Prompt(
@@ -120,14 +118,10 @@ def test_every_rule_can_take_the_rows_own(table: Path) -> None:
         size=(384, 512),  # height, width
         id="a7",
     )
-    assert (second.text, second.guidance, second.size) == (
-        "a face\nin two lines",
-        7.5,
-        (512, 512),
-    )
+    assert (second.text, second.guidance, second.size) == ("a face\nin two lines", 7.5, (512, 512))
 
 
-def test_a_file_without_a_header_has_its_first_line_read(tmp_path: Path) -> None:
+def test_a_file_without_a_header_has_its_first_line_read(tmp_path):
     data = b'a church\n"a ""face"", near"\n"two\nlines"\nlast'
     prompts = written(tmp_path / "bell.csv", data)
     layout = Layout(header=["prompt"], undecodable="error", empty="error")
@@ -135,12 +129,7 @@ def test_a_file_without_a_header_has_its_first_line_read(tmp_path: Path) -> None
     assert texts == ["a church", 'a "face", near', "two\nlines", "last"]
 
 
-def test_a_byte_order_mark_is_no_part_of_a_columns_name(tmp_path: Path) -> None:
-    prompts = written(tmp_path / "excel.csv", b"\xef\xbb\xbfprompt\r\na church\r\n")
-    assert [prompt.text for prompt in build_prompts(prompts)] == ["a church"]
-
-
-def test_bytes_that_are_not_utf8_are_refused_or_replaced(tmp_path: Path) -> None:
+def test_bytes_that_are_not_utf8_are_refused_or_replaced(tmp_path):
     prompts = written(tmp_path / "broken.csv", NOT_UTF8)
     message = r"broken\.csv, line 3: the byte 0xff .*prompts\.layout\.undecodable=replace"
     with pytest.raises(UserError, match=message):
@@ -149,38 +138,32 @@ def test_bytes_that_are_not_utf8_are_refused_or_replaced(tmp_path: Path) -> None
     assert replace(prompts, layout=layout).build()[1].text == "a � face"
 
 
-def test_an_empty_prompt_is_refused_or_left_out(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_empty_prompt_is_refused_or_left_out(tmp_path):
     prompts = written(tmp_path / "gap.csv", b'prompt\na church\n" "\na face\n')
     with pytest.raises(UserError, match=r"line 3: the prompt is empty.*layout\.empty=skip"):
         prompts.build()
     layout = replace(prompts.layout, empty="skip")
-    with caplog.at_level(logging.INFO):
-        kept = replace(prompts, layout=layout).build()
+    kept = replace(prompts, layout=layout).build()
     assert [prompt.text for prompt in kept] == ["a church", "a face"]
-    assert "1 rows have no prompt" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"prompt,evaluation_seed\na church,1\na face\n", "line 3: the row has more or fewer"),
-        (b"prompt,evaluation_seed\na church,1,2\n", "line 2: the row has more or fewer"),
+        (b"prompt,evaluation_seed\na church,1\na face\n", "line 3: not a CSV row .more or fewer"),
+        (b"prompt,evaluation_seed\na church,1,2\n", "line 2: not a CSV row .more or fewer"),
         (b'prompt,evaluation_seed\n"a church" x,1\n', "line 2: not a CSV row"),
         (b'prompt,evaluation_seed\n"a church,1\n', "not a CSV row"),
         (b"text,evaluation_seed\na church,1\n", r"no column 'prompt'; .*text.*columns\.prompt"),
         (b"prompt,seed\na church,1\n", r"no column 'evaluation_seed'.*columns\.seed"),
         (b"prompt,evaluation_seed\n\n", "has no prompts"),
-        (b"prompt,evaluation_seed\na church,1.5\n", r"evaluation_seed='1\.5' is not a whole"),
-        (b"prompt,evaluation_seed\na church,-1\n", r"rules\.seed=0 for all"),
+        (b"prompt,evaluation_seed\na church,1.5\n", r"evaluation_seed='1\.5' .* not a whole"),
+        (b"prompt,evaluation_seed\na church,-1\n", r"rules\.seed to one value for all"),
         (b"prompt,evaluation_seed\na church,\n", "line 2: evaluation_seed=''"),
         (b"prompt,evaluation_seed\na church,9223372036854775808\n", "not a whole number"),
     ],
 )
-def test_broken_files_are_refused_with_what_to_do(
-    tmp_path: Path, data: bytes, message: str
-) -> None:
+def test_broken_files_are_refused_with_what_to_do(tmp_path, data, message):
     prompts = written(tmp_path / "broken.csv", data)
     columns = replace(prompts.columns, seed="evaluation_seed")
     prompts = replace(prompts, columns=columns, rules=replace(prompts.rules, seed="file"))
@@ -191,15 +174,13 @@ def test_broken_files_are_refused_with_what_to_do(
 @pytest.mark.parametrize(
     ("rule", "old", "new", "message"),
     [
-        ("guidance", b",13,", b",much,", r"evaluation_guidance='much' is not a finite number"),
-        ("guidance", b",13,", b",nan,", r"prompts\.rules\.guidance=null for all"),
-        ("size", b",384,", b",0,", r"sd_image_height='0' is not a whole number from 1"),
-        ("group", b"Old Church", b" - ", r"categories=' - ' is not a name.*group=NAME"),
+        ("guidance", b",13,", b",much,", r"evaluation_guidance='much' is not allowed"),
+        ("guidance", b",13,", b",nan,", r"not a finite number.*prompts\.rules\.guidance"),
+        ("size", b",384,", b",0,", r"sd_image_height='0' .* number from 1 .*rules\.size"),
+        ("group", b"Old Church", b" - ", r"categories=' - ' .* not a name.*rules\.group"),
     ],
 )
-def test_unreadable_cells_are_named(
-    tmp_path: Path, rule: str, old: bytes, new: bytes, message: str
-) -> None:
+def test_unreadable_cells_are_named(tmp_path, rule, old, new, message):
     prompts = with_columns(written(tmp_path / "broken.csv", TABLE.replace(old, new)))
     build_prompts(prompts)
     with pytest.raises(UserError, match=message):
@@ -209,33 +190,31 @@ def test_unreadable_cells_are_named(
 @pytest.mark.parametrize(
     ("rule", "value", "message"),
     [
-        ("seed", "each", r"prompts\.rules\.seed=each .*a whole number from 0 on, file"),
+        ("seed", "each", r"prompts\.rules\.seed='each' .*a whole number, at least 0"),
         ("seed", -1, r"prompts\.rules\.seed=-1"),
         ("seed", 0.5, r"prompts\.rules\.seed=0\.5"),
-        ("guidance", "high", r"prompts\.rules\.guidance=high .*null, a number, file"),
+        ("guidance", "high", r"prompts\.rules\.guidance='high' .*a finite number"),
         ("guidance", float("inf"), r"prompts\.rules\.guidance=inf"),
-        ("size", "large", r"prompts\.rules\.size=large .*null, file"),
+        ("size", "large", r"prompts\.rules\.size='large' .*allowed: file"),
     ],
 )
-def test_unknown_rules_are_refused(rule: str, value: object, message: str) -> None:
+def test_unknown_rules_are_refused(rule, value, message):
     with pytest.raises(UserError, match=message):
         replace(prompt_file(None).rules, **{rule: value})
 
 
-def test_a_rule_for_a_column_that_the_file_has_not_is_refused() -> None:
+def test_a_rule_for_a_column_that_the_file_has_not_is_refused():
     prompts = prompt_file(None)
     with pytest.raises(UserError, match=r"rules\.size=file, but .*prompts\.columns\.height"):
         replace(prompts, rules=replace(prompts.rules, size="file"))
-    with pytest.raises(UserError, match=r"prompts\.layout\.empty=drop .*error, skip"):
+    with pytest.raises(UserError, match=r"prompts\.layout\.empty='drop' .*error, skip"):
         replace(prompts.layout, empty="drop")
 
 
 # Verification
 
 
-def test_a_local_file_is_verified_unless_it_need_not_be(
-    table: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_local_file_is_verified_unless_it_need_not_be(table, caplog):
     prompts = prompt_file(table)
     other = TABLE + b"2,a dog,dog,1,1,1,1,a9\r\n"
     table.write_bytes(other)
@@ -246,19 +225,47 @@ def test_a_local_file_is_verified_unless_it_need_not_be(
     assert "are not verified" in caplog.text
 
 
-def test_a_local_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"prompts\.path=.*none\.csv cannot be read: No such file"):
-        prompt_file(tmp_path / "none.csv").build()
-    with pytest.raises(UserError, match=r"prompts\.sha256=123 is no SHA-256"):
-        replace(prompt_file(None), sha256="123")
+def test_a_local_file_that_is_not_there_is_named(tmp_path):
+    unpinned = replace(prompt_file(tmp_path / "none.csv"), sha256=None)
+    for ask in (prompt_file(tmp_path / "none.csv").build, unpinned.build, unpinned.identity):
+        with pytest.raises(
+            UserError, match=r"prompts\.path=.*none\.csv cannot be read: No such file"
+        ):
+            ask()
+    folder = replace(prompt_file(tmp_path), sha256=None)
+    for ask in (prompt_file(tmp_path).build, folder.build, folder.identity):
+        with pytest.raises(UserError, match=r"prompts\.path=.* cannot be read: Is a directory"):
+            ask()
+
+
+def test_a_pinned_file_is_its_hash_wherever_it_comes_from(table, tmp_path):
+    here, pinned = prompt_file(table), prompt_file(None)
+    elsewhere = replace(here, path=str(table.rename(tmp_path / "moved.csv")))
+    same = [
+        pinned,
+        here,
+        elsewhere,
+        replace(elsewhere, sha256=None),  # read, and known by its content
+        replace(pinned, source=WebFile("https://a.b/c.csv", "another licence")),
+    ]
+    assert len({digest(each.identity()) for each in same}) == 1
+    Path(elsewhere.path).write_bytes(TABLE + TABLE)
+    others = [
+        replace(elsewhere, sha256=None),
+        replace(pinned, sha256=None),
+        replace(pinned, sha256=None, source=WebFile("https://a.b/c.csv", "MIT")),
+        replace(pinned, sha256=None, source=ShippedFile("README.md", "MIT")),
+        replace(pinned, rules=replace(pinned.rules, seed=1)),
+        replace(pinned, layout=replace(pinned.layout, empty="skip")),
+        with_columns(pinned),
+    ]
+    assert len({digest(each.identity()) for each in (*others, pinned)}) == len(others) + 1
 
 
 # Download
 
 
-def test_a_file_is_downloaded_once_into_the_cache(
-    cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_is_downloaded_once_into_the_cache(cache, monkeypatch):
     asked = serve(monkeypatch, TABLE)
     assert prompt_file(None).build() == prompt_file(None).build()
     assert asked == [PINNED]
@@ -268,7 +275,7 @@ def test_a_file_is_downloaded_once_into_the_cache(
     assert kept.read_bytes() == TABLE
 
 
-def test_the_cache_is_in_the_home_folder_unless_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_is_in_the_home_folder_unless_moved(monkeypatch):
     at_home = Path.home() / ".cache" / "concept-attribution" / "prompts"
     for value in ("", "relative/paths/are/ignored"):
         monkeypatch.setenv("XDG_CACHE_HOME", value)
@@ -277,9 +284,7 @@ def test_the_cache_is_in_the_home_folder_unless_moved(monkeypatch: pytest.Monkey
     assert other.cached_path() != WebFile(PINNED, "MIT").cached_path()
 
 
-def test_a_damaged_copy_in_the_cache_is_fetched_again(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_damaged_copy_in_the_cache_is_fetched_again(monkeypatch, caplog):
     asked = serve(monkeypatch, TABLE)
     prompts = prompt_file(None)
     prompts.build()
@@ -291,9 +296,7 @@ def test_a_damaged_copy_in_the_cache_is_fetched_again(
     assert kept.read_bytes() == TABLE
 
 
-def test_a_changed_file_is_neither_read_nor_kept(
-    cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_changed_file_is_neither_read_nor_kept(cache, monkeypatch):
     serve(monkeypatch, b"prompt\na church\n")
     message = f"(?s){sha256(b'prompt' + bytes([10]) + b'a church' + bytes([10]))}.*{sha256(TABLE)}"
     with pytest.raises(UserError, match=message):
@@ -301,25 +304,23 @@ def test_a_changed_file_is_neither_read_nor_kept(
     assert not [path for path in cache.rglob("*") if path.is_file()]
 
 
-def test_without_a_network_the_message_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_network_the_message_says_what_to_do(monkeypatch):
     cut_the_network(monkeypatch)
-    message = r"no route to host.*with a network.*concept-attribution.*prompts\.path=FILE"
+    message = r"concept-attribution.*no route to host.*with a network.*prompts\.path=FILE"
     with pytest.raises(UserError, match=message):
         prompt_file(None).build()
 
 
-def test_a_page_that_is_not_there_is_no_prompt_file(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page_that_is_not_there_is_no_prompt_file(monkeypatch):
     serve(monkeypatch, b"404: Not Found", status=404)
-    with pytest.raises(UserError, match=r"the download failed \(.*404"):
+    with pytest.raises(UserError, match=r"the download to .* failed \(.*404"):
         replace(prompt_file(None), sha256=None).build()
 
 
-def test_a_cache_that_cannot_be_written_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     serve(monkeypatch, TABLE)
     (tmp_path / "cache").write_bytes(b"a file, not a folder")
-    with pytest.raises(UserError, match="Set XDG_CACHE_HOME"):
+    with pytest.raises(UserError, match="set XDG_CACHE_HOME"):
         prompt_file(None).build()
 
 
@@ -332,64 +333,52 @@ GATED = HubFile("org/set", "prompts.csv", revision="main", gated=True, licence="
 def empty_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     """No file in the hub's cache, no token, online."""
     monkeypatch.setattr(prompt_sources, "try_to_load_from_cache", lambda *a, **k: None)
-    monkeypatch.setattr(prompt_sources, "get_token", lambda: None)
-    monkeypatch.setattr(prompt_sources.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(prompt_sources.httpx, "head", lambda url, timeout: None)
+    monkeypatch.setattr(hub, "get_token", lambda: None)
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub.httpx, "head", lambda url, timeout: None)
 
 
-def test_a_file_in_the_hubs_cache_is_read_and_verified(
-    table: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_in_the_hubs_cache_is_read_and_verified(table, monkeypatch):
     monkeypatch.setattr(prompt_sources, "try_to_load_from_cache", lambda *a, **k: str(table))
     assert len(replace(prompt_file(None), source=GATED).build()) == 2
     with pytest.raises(UserError, match=r"datasets/org/set, prompts\.csv has the SHA-256"):
         replace(prompt_file(None), source=GATED, sha256="0" * 64).build()
 
 
-@pytest.mark.usefixtures("empty_hub")
-def test_a_gated_file_needs_a_token() -> None:
-    with pytest.raises(UserError, match=r"no hub token.*accept its licence at .*hf auth login"):
-        replace(prompt_file(None), source=GATED).build()
+def refuse(*_arguments: object, **_options: object) -> None:
+    request = httpx.Request("GET", "https://huggingface.co")
+    raise GatedRepoError("gated", response=httpx.Response(403, request=request))
 
 
 @pytest.mark.usefixtures("empty_hub")
-def test_a_token_that_is_refused_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: object, **kwargs: object) -> None:
-        request = httpx.Request("GET", "https://huggingface.co")
-        raise GatedRepoError("gated", response=httpx.Response(403, request=request))
+def test_why_the_hub_gives_nothing_is_explained(monkeypatch):
+    def explained(message: str) -> None:
+        with pytest.raises(UserError, match=message):
+            replace(prompt_file(None), source=GATED).build()
 
-    monkeypatch.setattr(prompt_sources, "get_token", lambda: "hf_x")
+    explained(r"no hub token.*Accept its licence there.*hf auth login")
+    monkeypatch.setattr(hub, "get_token", lambda: "hf_x")
     monkeypatch.setattr(prompt_sources, "hf_hub_download", refuse)
-    with pytest.raises(UserError, match="the hub refused the token"):
-        replace(prompt_file(None), source=GATED).build()
+    explained("the hub refused the token")
+    cut_the_network(monkeypatch)
+    explained(r"cannot be reached.*hf download org/set prompts\.csv")
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    explained("HF_HUB_OFFLINE is set")
 
 
 @pytest.mark.usefixtures("empty_hub")
-def test_the_hub_is_asked_with_the_pinned_revision(
-    table: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_hub_is_asked_with_the_pinned_revision(table, monkeypatch):
     asked = []
 
     def download(repo: str, file: str, **options: str) -> str:
         asked.append((repo, file, options))
         return str(table)
 
-    monkeypatch.setattr(prompt_sources, "get_token", lambda: "hf_x")
+    monkeypatch.setattr(hub, "get_token", lambda: "hf_x")
     monkeypatch.setattr(prompt_sources, "hf_hub_download", download)
     assert len(replace(prompt_file(None), source=GATED).build()) == 2
     options = {"revision": "main", "repo_type": "dataset"}
     assert asked == [("org/set", "prompts.csv", options)]
-
-
-@pytest.mark.usefixtures("empty_hub")
-def test_an_unreachable_hub_is_known_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prompt_sources, "get_token", lambda: "hf_x")
-    cut_the_network(monkeypatch)
-    with pytest.raises(UserError, match=r"no route to host.*hf download org/set prompts\.csv"):
-        replace(prompt_file(None), source=GATED).build()
-    monkeypatch.setattr(prompt_sources.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
-        replace(prompt_file(None), source=GATED).build()
 
 
 # conf/prompts
@@ -401,16 +390,13 @@ PUBLISHED = ["imagenette", "artists", "coco30k", "i2p", "ring_a_bell", "mma"]
 ATTACKS = ["attack_nudity", "attack_church", "attack_parachute", "attack_tench"]
 
 
-@functools.cache
-def compose(*overrides: str) -> DictConfig:
-    register_resolvers()
-    with hydra.initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
-        return hydra.compose("config", list(overrides)).prompts
+def composed(*overrides: str) -> PromptSet:
+    return hydra.utils.instantiate(compose(list(overrides)).prompts, _convert_="all")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_set_of_the_configuration_is_a_prompt_set(name: str) -> None:
-    prompt_set = hydra.utils.instantiate(compose(f"prompts={name}"), _convert_="all")
+def test_every_set_of_the_configuration_is_a_prompt_set(name):
+    prompt_set = composed(f"prompts={name}")
     assert isinstance(prompt_set, PromptSet)
     if name in PUBLISHED + ATTACKS:
         assert isinstance(prompt_set, PromptFile)
@@ -421,12 +407,8 @@ def test_every_set_of_the_configuration_is_a_prompt_set(name: str) -> None:
         assert build_prompts(prompt_set)
 
 
-def test_all_published_sets_are_there() -> None:
-    assert set(PUBLISHED + ATTACKS) <= set(NAMES)
-
-
-def test_the_released_experiments_take_one_seed_for_nudity_and_attacks_the_prompts_own() -> None:
-    rules = {name: compose(f"prompts={name}").rules for name in PUBLISHED + ATTACKS}
+def test_the_released_experiments_take_one_seed_for_nudity_and_attacks_the_prompts_own():
+    rules = {name: composed(f"prompts={name}").rules for name in PUBLISHED + ATTACKS}
     constant = {name for name, rule in rules.items() if rule.seed == 0}
     assert constant == {"i2p", "ring_a_bell", "mma"}
     assert all(rules[name].seed == "file" for name in rules.keys() - constant)
@@ -435,24 +417,8 @@ def test_the_released_experiments_take_one_seed_for_nudity_and_attacks_the_promp
     assert [rules[name].group for name in ATTACKS] == ["nudity", "church", "parachute", "tench"]
 
 
-def test_a_local_copy_is_one_override_away(table: Path) -> None:
+def test_a_local_copy_is_one_override_away(table):
     overrides = ("prompts.rules.seed=file", "prompts.rules.size=file", "prompts.columns.id=number")
     overrides += (f"prompts.path={table}", "prompts.sha256=null")
-    prompts = build_prompts(
-        hydra.utils.instantiate(compose("prompts=i2p", *overrides), _convert_="all")
-    )
+    prompts = build_prompts(composed("prompts=i2p", *overrides))
     assert [(p.seed, p.size) for p in prompts] == [(4261553411, (384, 512)), (24, (512, 512))]
-
-
-def test_the_miniatures_captions_are_500_of_everything_it_draws() -> None:
-    prompts = build_prompts(
-        hydra.utils.instantiate(compose("prompts=mini_captions"), _convert_="all")
-    )
-    assert len(prompts) == 500
-    styled = [prompt.text for prompt in prompts if " in the style of " in prompt.text]
-    assert len(styled) == 250
-    styles = Counter(text.split(" in the style of ")[1] for text in styled)
-    assert len(styles) == 5
-    assert max(styles.values()) - min(styles.values()) <= 6
-    faces = build_prompts(hydra.utils.instantiate(compose("prompts=faces"), _convert_="all"))
-    assert {(prompt.text, prompt.group) for prompt in faces} == {("a photo of a face", "face")}

@@ -8,6 +8,7 @@ import pytest
 
 from cad.concepts import with_article
 from cad.errors import UserError
+from cad.identity import digest
 from evaluation.prompts import (
     CaptionPrompts,
     ObjectPrompts,
@@ -20,8 +21,6 @@ from evaluation.prompts import (
 
 SUBJECTS = {"church": "church", "english_springer": "English springer", "face": "face"}
 STYLES = {"pop_art": "pop art", "woodcut": "woodcut"}
-
-
 TEMPLATES = ("a photo of {subject}", "a picture of {subject}")
 SUFFIX = " in the style of {style}"
 
@@ -44,11 +43,11 @@ class FixedPrompts(PromptSet):
         ("apple", "an apple"),
     ],
 )
-def test_article(text: str, expected: str) -> None:
+def test_article(text, expected):
     assert with_article(text) == expected
 
 
-def test_objects_are_worded_as_published_and_go_round_the_subjects() -> None:
+def test_objects_are_worded_as_published_and_go_round_the_subjects():
     prompts = build_prompts(ObjectPrompts(SUBJECTS, images_per_class=2, seed=0))
     assert [prompt.text for prompt in prompts[:3]] == [
         "an image of a church",
@@ -58,7 +57,7 @@ def test_objects_are_worded_as_published_and_go_round_the_subjects() -> None:
     assert [prompt.group for prompt in prompts] == 2 * list(SUBJECTS)
 
 
-def test_styles_cycle_the_subjects_and_are_grouped_by_style() -> None:
+def test_styles_cycle_the_subjects_and_are_grouped_by_style():
     prompts = build_prompts(StylePrompts(STYLES, SUBJECTS, images_per_class=4, seed=0))
     assert prompts[0].text == "an image of a church in the style of pop art"
     assert prompts[3].text == "an image of an English springer in the style of woodcut"
@@ -68,13 +67,13 @@ def test_styles_cycle_the_subjects_and_are_grouped_by_style() -> None:
     assert len(set(pop_art)) == 3
 
 
-def test_a_larger_set_starts_with_the_smaller_one() -> None:
+def test_a_larger_set_starts_with_the_smaller_one():
     small = build_prompts(ObjectPrompts(SUBJECTS, images_per_class=3, seed=5))
     large = build_prompts(ObjectPrompts(SUBJECTS, images_per_class=8, seed=5))
     assert large[: len(small)] == small
 
 
-def test_seeds_are_pinned_distinct_and_depend_on_nothing_else() -> None:
+def test_seeds_are_pinned_distinct_and_depend_on_nothing_else():
     # sha256("0/church/0") starts with 48f9d524; without the lowest bit, 31 bits are left.
     assert derive_seed(0, "church", 0) == int("48f9d524", 16) >> 1
     prompts = build_prompts(ObjectPrompts(SUBJECTS, images_per_class=50, seed=0))
@@ -86,30 +85,50 @@ def test_seeds_are_pinned_distinct_and_depend_on_nothing_else() -> None:
     assert {prompt.seed for prompt in other}.isdisjoint(prompt.seed for prompt in alone)
 
 
-def test_any_prefix_covers_the_groups() -> None:
-    prompts = build_prompts(ObjectPrompts(SUBJECTS, 4, 0))
-    assert {prompt.group for prompt in prompts[: len(SUBJECTS)]} == set(SUBJECTS)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"images_per_class": 0}, "images_per_class=0"),
+        ({"images_per_class": 1.5}, "images_per_class=1.5"),
+        ({"subjects": {}}, r"prompts\.subjects="),
+        ({"template": "an image of {style}"}, r"prompts\.template"),
+        ({"template": "an image of {subject"}, r"prompts\.template"),
+    ],
+)
+def test_bad_sets_are_refused_with_their_key(changes, message):
+    with pytest.raises(UserError, match=message):
+        ObjectPrompts(**{"subjects": SUBJECTS, "images_per_class": 1, "seed": 0} | changes)
 
 
-def test_bad_sets_are_refused_with_their_key() -> None:
-    with pytest.raises(UserError, match="images_per_class=0"):
-        ObjectPrompts(SUBJECTS, images_per_class=0, seed=0)
-    with pytest.raises(UserError, match=r"prompts\.subjects is empty"):
-        ObjectPrompts({}, images_per_class=1, seed=0)
-    with pytest.raises(UserError, match=r"prompts\.styles\.pop_art"):
+def test_bad_styles_are_refused_with_their_key():
+    with pytest.raises(UserError, match=r"prompts\.styles=.*pop_art"):
         StylePrompts({"pop_art": " "}, SUBJECTS, images_per_class=1, seed=0)
-    with pytest.raises(UserError, match=r"prompts\.template"):
-        ObjectPrompts(SUBJECTS, images_per_class=1, seed=0, template="an image of {style}")
 
 
-def test_sets_of_any_source_are_checked() -> None:
-    with pytest.raises(UserError, match="prompt 1 of the set 'fixed' is empty"):
+def test_a_set_is_told_apart_by_all_that_its_prompts_depend_on():
+    """Also by the order of its names, which the prompts go round."""
+    sets = [
+        ObjectPrompts(SUBJECTS, 2, 0),
+        ObjectPrompts(dict(reversed(SUBJECTS.items())), 2, 0),
+        ObjectPrompts(SUBJECTS, 3, 0),
+        ObjectPrompts(SUBJECTS, 2, 1),
+        ObjectPrompts(SUBJECTS, 2, 0, name="other"),
+        StylePrompts(STYLES, SUBJECTS, 2, 0),
+        CaptionPrompts(SUBJECTS, STYLES, TEMPLATES, SUFFIX, 2, 0),
+        CaptionPrompts(SUBJECTS, STYLES, TEMPLATES[::-1], SUFFIX, 2, 0),
+    ]
+    assert len({digest(each.identity()) for each in sets}) == len(sets)
+    assert ObjectPrompts(dict(SUBJECTS), 2, 0).identity() == sets[0].identity()
+
+
+def test_sets_of_any_source_are_checked():
+    with pytest.raises(UserError, match="an empty one"):
         build_prompts(FixedPrompts("a church", " "))
     with pytest.raises(UserError, match="has no prompts"):
         build_prompts(FixedPrompts())
 
 
-def test_captions_alternate_plain_and_styled_and_go_round_everything() -> None:
+def test_captions_alternate_plain_and_styled_and_go_round_everything():
     captions = CaptionPrompts(SUBJECTS, STYLES, TEMPLATES, SUFFIX, count=24, seed=0)
     texts = [prompt.text for prompt in build_prompts(captions)]
     assert texts[:6] == [
@@ -133,7 +152,7 @@ def test_captions_alternate_plain_and_styled_and_go_round_everything() -> None:
     ]
 
 
-def test_captions_are_one_group_of_distinct_seeds_and_start_with_the_smaller_set() -> None:
+def test_captions_are_one_group_of_distinct_seeds_and_start_with_the_smaller_set():
     large = build_prompts(CaptionPrompts(SUBJECTS, STYLES, TEMPLATES, SUFFIX, 50, 3, "mixed"))
     assert {prompt.group for prompt in large} == {"mixed"}
     assert len({prompt.seed for prompt in large}) == 50
@@ -142,30 +161,21 @@ def test_captions_are_one_group_of_distinct_seeds_and_start_with_the_smaller_set
     assert large[:20] == small
 
 
-def test_captions_without_styles_are_all_plain() -> None:
-    captions = CaptionPrompts(SUBJECTS, {}, TEMPLATES, SUFFIX, count=6, seed=0)
-    assert [prompt.text for prompt in build_prompts(captions)] == [
-        "a photo of a church",
-        "a photo of an English springer",
-        "a photo of a face",
-        "a picture of a church",
-        "a picture of an English springer",
-        "a picture of a face",
-    ]
+@pytest.mark.parametrize(
+    ("templates", "suffix", "count", "message"),
+    [
+        (["a photo"], SUFFIX, 6, r"prompts\.templates=.*\{subject\}"),
+        (TEMPLATES, "", 6, r"prompts\.style_suffix"),
+        ([], SUFFIX, 6, r"prompts\.templates="),
+        (TEMPLATES, SUFFIX, 0, r"prompts\.count=0"),
+    ],
+)
+def test_bad_captions_are_refused_with_their_key(templates, suffix, count, message):
+    with pytest.raises(UserError, match=message):
+        CaptionPrompts(SUBJECTS, STYLES, templates, suffix, count=count, seed=0)
 
 
-def test_bad_captions_are_refused_with_their_key() -> None:
-    with pytest.raises(UserError, match=r"prompts\.templates=.*\{subject\}"):
-        CaptionPrompts(SUBJECTS, STYLES, ["a photo"], SUFFIX, count=6, seed=0)
-    with pytest.raises(UserError, match=r"prompts\.style_suffix"):
-        CaptionPrompts(SUBJECTS, STYLES, TEMPLATES, "", count=6, seed=0)
-    with pytest.raises(UserError, match=r"prompts\.templates is empty"):
-        CaptionPrompts(SUBJECTS, STYLES, [], SUFFIX, count=6, seed=0)
-    with pytest.raises(UserError, match=r"prompts\.count=0"):
-        CaptionPrompts(SUBJECTS, STYLES, TEMPLATES, SUFFIX, count=0, seed=0)
-
-
-def test_a_prompt_tells_what_it_asks_for_beside_text_and_seed() -> None:
+def test_a_prompt_tells_what_it_asks_for_beside_text_and_seed():
     assert Prompt("a church", 0, "church", truncate=True, id="3").own_settings() == {}
     asking = Prompt("a church", 0, "church", guidance=7, size=(384, 512))
     assert asking.own_settings() == {"guidance": 7.0, "size": [384, 512]}

@@ -2,34 +2,52 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import os
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import hydra
 import pytest
 import torch
-from weights import write_weights
+from toy_model import ToyModel, ToyPretrained, knock_out
 
-from cad.models.base import DiffusionModel
-from cad.weight_edit import WeightEdit, Zero
-from evaluation.engines import on_ray
-from evaluation.engines.base import Engine, Order
-from evaluation.generation import SamplerSettings
+from evaluation.generation import generate
 from evaluation.prompts import ObjectPrompts, build_prompts
-from experiments.config import REPOSITORY, plain, register_resolvers
-from experiments.experiment import ModelBuild
+from evaluation.ray_engine import RayEngine
+from evaluation.sampler import SamplerSettings
 
 pytest.importorskip("ray")
 pytestmark = pytest.mark.ray
 
-SETTINGS = SamplerSettings(steps=15, guidance=2.0, kind="default", batch_size=2)
+SETTINGS = SamplerSettings(steps=3, guidance=2.0, kind="default", batch_size=2)
 PROMPTS = build_prompts(ObjectPrompts({"church": "church", "face": "face"}, 12, seed=0))
 DEADLINE = 300  # seconds
+
+
+@dataclass(frozen=True)
+class LargeToy(ToyPretrained):
+    """Slow, and of 256 x 256 pixels, so that results go through Ray's object store.
+
+    Leaves a file in `loads` for each process that loads it.
+    """
+
+    loads: str = ""
+
+    def load(self, device: str | None = None) -> ToyModel:
+        (Path(self.loads) / str(os.getpid())).touch()
+        model = super().load(device)
+        decode = model.decode_latents
+
+        def decode_latents(x_0: torch.Tensor) -> torch.Tensor:
+            time.sleep(0.1)
+            return decode(x_0).repeat_interleave(16, dim=2).repeat_interleave(16, dim=3)
+
+        model.decode_latents = decode_latents  # type: ignore[method-assign]
+        return model
 
 
 @pytest.fixture(scope="module")
@@ -37,38 +55,16 @@ def cluster() -> Iterator[Any]:
     """A head that runs no task, and two nodes that run one at a time."""
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
-    )
-    for _ in range(2):
-        cluster.add_node(num_cpus=1)
-    yield cluster
-    cluster.shutdown()
-
-
-@pytest.fixture(scope="module")
-def build(tmp_path_factory: pytest.TempPathFactory) -> ModelBuild:
-    weights = write_weights(tmp_path_factory.mktemp("miniature"))
-    register_resolvers()
-    overrides = [f"paths.miniature={weights}", "device=cpu", "dtype=float32"]
-    with hydra.initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
-        return ModelBuild(json.dumps(plain(hydra.compose("config", overrides).model.adapter)))
-
-
-def configured(address: str) -> Engine:
-    overrides = ["engine=ray", f"engine.address={address}", "engine.batches_per_task=2"]
-    with hydra.initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
-        cfg = hydra.compose("config", overrides)
-    engine: Engine = hydra.utils.instantiate(cfg.engine, _convert_="all")
-    return engine
-
-
-def orders(model: DiffusionModel, root: Path) -> list[Order]:
-    """An unedited and an edited set of 24 images, twelve batches each."""
-    name = next(name for name, weight in model.denoiser.named_parameters() if weight.dim() == 2)
-    changes = ({}, {name: Zero(torch.arange(50))})
-    edits = [WeightEdit(each, {"model": model.provenance()}) for each in changes]
-    return [Order(edit, tuple(PROMPTS), SETTINGS, root) for edit in edits]
+    with pytest.MonkeyPatch.context() as patch:
+        here, repository = Path(__file__).parent, Path(__file__).resolve().parents[2]
+        patch.setenv("PYTHONPATH", f"{repository}{os.pathsep}{here}")  # of the workers
+        cluster = Cluster(
+            initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
+        )
+        for _ in range(2):
+            cluster.add_node(num_cpus=1)
+        yield cluster
+        cluster.shutdown()
 
 
 def contents(root: Path) -> dict[str, bytes]:
@@ -76,17 +72,17 @@ def contents(root: Path) -> dict[str, bytes]:
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in files}
 
 
-def test_a_node_that_dies_changes_no_byte(
-    cluster: Any,
-    build: ModelBuild,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    model = build("cpu")
-    for order in orders(model, tmp_path / "alone"):
-        order.generate(model)
-    shared, seen = tmp_path / "shared", list[int]()
+def test_a_node_that_dies_changes_no_byte(cluster, tmp_path, caplog):
+    """An unedited and an edited set of 24 images, twelve batches each."""
+    loads, alone, shared = (tmp_path / name for name in ("loads", "alone", "shared"))
+    loads.mkdir()
+    pretrained = LargeToy(loads=str(loads))
+    model, seen = pretrained.load(), list[int]()
+
+    def make_both(root: Path, engine: RayEngine | None = None) -> None:
+        generate(model, PROMPTS, SETTINGS, root, engine=engine)
+        with knock_out(model).applied(model):
+            generate(model, PROMPTS, SETTINGS, root, engine=engine)
 
     def kill_a_node() -> None:
         deadline = time.monotonic() + DEADLINE
@@ -95,17 +91,16 @@ def test_a_node_that_dies_changes_no_byte(
         seen.append(len(list(shared.rglob("*.png"))))
         cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
 
+    make_both(alone)
     killer = threading.Thread(target=kill_a_node)
     killer.start()
-    with caplog.at_level(logging.WARNING):
-        configured(cluster.address).make(model, build, orders(model, shared))
+    with (
+        caplog.at_level(logging.WARNING),
+        RayEngine(pretrained, cluster.address, 2, cpus_per_task=1, max_retries=3) as engine,
+    ):
+        make_both(shared, engine)
     killer.join()
-    assert 12 <= seen[0] < 48
+    assert 12 <= seen[0] < 24
     assert not caplog.messages  # nothing was left for this process
-    assert contents(shared) == contents(tmp_path / "alone")
-
-    def session(address: str) -> NoReturn:
-        raise AssertionError("Ray was started")
-
-    monkeypatch.setattr(on_ray, "_session", session)
-    configured(cluster.address).make(model, build, orders(model, shared))
+    assert contents(shared) == contents(alone)
+    assert 2 <= len(list(loads.iterdir())) <= 4  # this process's, and not one for each of 12 tasks

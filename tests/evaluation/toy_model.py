@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -12,11 +13,11 @@ from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
 from cad.errors import UserError
-from cad.models.base import Conditioning, DiffusionModel, Origin
-from cad.sampling import Sampler
+from cad.models.base import DiffusionModel, Origin
+from cad.models.conditioning import Conditioning
+from cad.models.sampler import Sampler
 from cad.weight_edit import WeightEdit, Zero
-
-NO_CHANGE = WeightEdit(changes={}, provenance={})
+from evaluation.image_sets import ImageSet
 
 
 class ToyDenoiser(nn.Module):
@@ -84,3 +85,18 @@ def knock_out(model: DiffusionModel, count: int = 8) -> WeightEdit:
     """An edit that zeroes the first `count` text weights."""
     change = Zero(torch.arange(count))
     return WeightEdit({"text.weight": change}, {"model": model.provenance()})
+
+
+@dataclass(frozen=True)
+class ToyPretrained:
+    """Loads the toy model in any process, as `cad.models.pretrained.Pretrained` loads real ones."""
+
+    seed: int = 0
+
+    def load(self, device: str | None = None) -> ToyModel:
+        return ToyModel(self.seed)
+
+
+def contents(images: ImageSet) -> dict[str, bytes]:
+    """The files of a set, by name."""
+    return {path.name: path.read_bytes() for path in sorted(images.folder.iterdir())}

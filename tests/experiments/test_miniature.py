@@ -18,9 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cad.errors import UserError
-from evaluation.evaluators.clip_folder import ClipFolder
+from evaluation.evaluators.clip_score import ClipFolder
 from evaluation.evaluators.small_resnet import load_classifier
-from experiments.config import REPOSITORY, register_resolvers
 from experiments.miniature.captions import (
     MAX_TOKENS,
     PLAIN,
@@ -35,6 +34,7 @@ from experiments.miniature.stages import Workshop
 from experiments.miniature.styles import STYLE_FUNCTIONS
 from experiments.miniature.train import run_stages
 from experiments.miniature.training import Schedule, learning_rate, train
+from experiments.run.configuration import REPOSITORY, register_resolvers
 
 SHORT = Schedule(
     steps=6, batch_size=4, lr=1e-2, warmup=2, weight_decay=0.0, ema=0.9, checkpoint_every=2
@@ -200,7 +200,7 @@ def test_all_stages_end_in_a_pipeline_that_loads(parquet: Path, tmp_path: Path) 
     register_resolvers()
     with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
         config = compose(
-            "miniature",
+            "programs/miniature",
             [*TINY, f"work={tmp_path}/work", f"export.output={tmp_path}/out",
              f"data.parquet={parquet}"],
         )  # fmt: skip

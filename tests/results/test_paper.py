@@ -225,7 +225,7 @@ def test_units_and_decimals_are_those_of_the_metric(table: int) -> None:
 def test_rows_are_named_as_in_conf(table: int) -> None:
     concepts = names("concept")
     kinds = {str(OmegaConf.load(path)["kind"]) for path in (CONF / "concept").glob("*.yaml")}
-    labels = set(OmegaConf.load(CONF / "protocol" / "paper.yaml")["nudity_labels"])
+    labels = set(OmegaConf.load(CONF / "fragments" / "paper_protocol.yaml")["nudity_labels"])
     special = {7: {"average"}, 10: kinds, 11: {"average"}}
     assert set(read(table)["row"]) <= concepts | labels | special.get(table, set())
     if table in (2, 9, 14):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from safetensors import safe_open
 
 from cad.weight_edit import WeightEdit
 from evaluation.attacks import store
@@ -14,8 +13,8 @@ from evaluation.attacks.search import Outcome
 from evaluation.attacks.store import AttackStore
 from evaluation.attacks.unlearn_diff import UnlearnDiff
 from evaluation.evaluators.base import Evaluator
-from evaluation.generation import SamplerSettings
 from evaluation.prompts import Prompt
+from evaluation.sampler import SamplerSettings
 
 SETTINGS = SamplerSettings(steps=2, guidance=3.0, kind="default", batch_size=64)
 SMALL = {"tokens": 2, "timesteps": 3, "iterations": 2, "lr": 0.1, "weight_decay": 0.1}
@@ -26,7 +25,10 @@ NO_EDIT = WeightEdit({}, {})
 
 class Judging(Evaluator):
     name, unit, higher_is_better, judges = "judging", "%", True, "seen"
-    version = "1"
+    instrument = "eye"
+
+    def settings(self):
+        return {}
 
     def score(self, images, prompts, references=None):
         return [{"seen": 0} for _ in prompts]
@@ -48,7 +50,7 @@ def searched(monkeypatch):
     return batches
 
 
-def outcome(seed: int) -> Outcome:
+def outcome(seed):
     image = np.full((4, 4, 3), seed, np.uint8)
     return Outcome(seed == 2, 1, 999, [5, seed], f"x{seed} a hut", True, [0.5, None], image)
 
@@ -57,6 +59,10 @@ def attack(folder, model, attack=None, prompts=PROMPTS, settings=SETTINGS):
     judge = EvaluatorJudge(Judging())
     attack = attack or P4D(**SMALL)
     return AttackStore(folder).attack(model, NO_EDIT, attack, prompts, settings, judge)
+
+
+def files(folder):
+    return len(list(folder.glob("*.safetensors")))
 
 
 def test_batches_are_found_once_and_of_one_guidance(tiny_model, tmp_path, searched):
@@ -82,38 +88,44 @@ def test_what_was_killed_goes_on(tiny_model, tmp_path, searched, monkeypatch):
         patched.setattr(store, "search", killed)
         with pytest.raises(KeyboardInterrupt):
             attack(tmp_path, tiny_model)
-    assert len(list(tmp_path.iterdir())) == 1
+    assert files(tmp_path) == 1
     attack(tmp_path, tiny_model)
     assert searched == [[0, 2], [1], [3]]
 
 
-def test_a_damaged_file_is_made_again(tiny_model, tmp_path, searched, caplog):
-    attack(tmp_path, tiny_model, prompts=PROMPTS[:1])
-    (path,) = tmp_path.iterdir()
-    path.write_bytes(path.read_bytes()[:100])
-    attack(tmp_path, tiny_model, prompts=PROMPTS[:1])
+@pytest.mark.parametrize("damage", ["truncated", "image", "verdict"])
+def test_a_damaged_or_altered_file_is_made_again(tiny_model, tmp_path, searched, caplog, damage):
+    (first,) = attack(tmp_path, tiny_model, prompts=PROMPTS[:1])
+    (path,) = tmp_path.glob("*.safetensors")
+    whole = path.read_bytes()
+    altered = {
+        "truncated": whole[:100],
+        "image": whole[:-1] + bytes([whole[-1] ^ 1]),
+        "verdict": whole.replace(rb"success\": false", rb"success\": true "),
+    }
+    assert altered[damage] != whole
+    path.write_bytes(altered[damage])
+    (again,) = attack(tmp_path, tiny_model, prompts=PROMPTS[:1])
     assert searched == [[0], [0]]
     assert "damaged" in caplog.text
-    with safe_open(path, framework="numpy") as file:
-        assert file.get_tensor("images").shape == (1, 4, 4, 3)
+    assert path.read_bytes() == whole
+    assert (again.success, again.image.tolist()) == (first.success, first.image.tolist())
 
 
 def test_a_file_is_addressed_by_all_that_counts(tiny_model, tmp_path, searched, monkeypatch):
-    def made() -> int:
-        return len(list(tmp_path.iterdir()))
-
     attack(tmp_path, tiny_model, prompts=PROMPTS[:1])
     checkpointed = P4D(**SMALL, gradient_checkpointing=True)  # memory alone
     attack(tmp_path, tiny_model, checkpointed, PROMPTS[:1])
-    assert made() == 1
+    assert files(tmp_path) == 1
     others = (P4D(**SMALL | {"lr": 0.2}), UnlearnDiff(**SMALL), P4D(**SMALL | {"batch_size": 3}))
     for number, other in enumerate(others, start=2):
         attack(tmp_path, tiny_model, other, PROMPTS[:1])
-        assert made() == number
+        assert files(tmp_path) == number
     attack(tmp_path, tiny_model, prompts=[Prompt("a hut", 0, "den")])  # judged otherwise
     steps = SamplerSettings(steps=3, guidance=3.0, kind="default", batch_size=64)
     attack(tmp_path, tiny_model, prompts=PROMPTS[:1], settings=steps)
-    assert made() == 6
-    monkeypatch.setattr(Judging, "version", "2")
-    attack(tmp_path, tiny_model, prompts=PROMPTS[:1])
-    assert made() == 7
+    assert files(tmp_path) == 6
+    for count, (name, changed) in enumerate({"version": 2, "instrument": "lens"}.items(), start=7):
+        monkeypatch.setattr(Judging, name, changed)
+        attack(tmp_path, tiny_model, prompts=PROMPTS[:1])
+        assert files(tmp_path) == count

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from cad.components import component_weights
 from cad.digests import parameter_digest
 from cad.errors import UserError
-from cad.models.base import Conditioning
 from cad.sampling import make_generators, sample_latents
 from cad.weight_edit import Scale, WeightEdit
-from evaluation.attacks.base import Attack, Victims
+from evaluation.attacks.base import Victims
 from evaluation.attacks.p4d import P4D
 from evaluation.attacks.random_tokens import RandomTokens
-from evaluation.attacks.search import Outcome, _Search, search
+from evaluation.attacks.search import _Search, search
 from evaluation.attacks.unlearn_diff import UnlearnDiff
-from evaluation.generation import SamplerSettings
 from evaluation.prompts import Prompt
+from evaluation.sampler import SamplerSettings
 
 SETTINGS = SamplerSettings(steps=2, guidance=3.0, kind="default", batch_size=4)
 SMALL = {"tokens": 2, "timesteps": 3, "iterations": 2, "lr": 0.1, "weight_decay": 0.1}
@@ -35,16 +31,16 @@ PROMPTS = tuple(Prompt(text, seed, "hut") for seed, text in enumerate(TEXTS))
 class Threshold:
     """A judge: an image shows the concept where its mean is above a value, grey levels."""
 
-    def __init__(self, value: float) -> None:
+    def __init__(self, value):
         self.value = value
         self.asked: list[list[int]] = []
 
-    def __call__(self, images: np.ndarray, prompts: Sequence[Prompt]) -> list[bool]:
+    def __call__(self, images, prompts):
         self.asked.append([prompt.seed for prompt in prompts])
         return [bool(image.mean() > self.value) for image in images]
 
 
-def weakened(model) -> WeightEdit:
+def weakened(model):
     """An edit of every feed-forward weight."""
     changes = {
         name: Scale(torch.arange(weight.numel()), 0.2)
@@ -53,13 +49,13 @@ def weakened(model) -> WeightEdit:
     return WeightEdit(changes, {"model": model.provenance()})
 
 
-def attacked(model, attack: Attack, prompts=PROMPTS, judge=None, edit=None) -> list[Outcome]:
+def attacked(model, attack, prompts=PROMPTS, judge=None, edit=None):
     judge = judge or Threshold(999)
     edit = edit or weakened(model)
     return search(model, edit, attack, prompts, SETTINGS, judge, tqdm(disable=True))
 
 
-def victims(model, prompts=PROMPTS) -> Victims:
+def victims(model, prompts=PROMPTS):
     return Victims.of(model, prompts, SETTINGS, "test")
 
 
@@ -87,7 +83,7 @@ def test_nothing_is_left_behind(method, tiny_model):
     before, random = parameter_digest(tiny_model.denoiser), torch.get_rng_state()
     texts = parameter_digest(tiny_model.text_encoder)
 
-    def check() -> None:
+    def check():
         assert parameter_digest(tiny_model.denoiser) == before
         assert parameter_digest(tiny_model.text_encoder) == texts
         assert torch.equal(torch.get_rng_state(), random)
@@ -96,7 +92,7 @@ def test_nothing_is_left_behind(method, tiny_model):
             assert not any(module._forward_hooks for module in part.modules())
 
     class Raising(Threshold):
-        def __call__(self, images: np.ndarray, prompts: Sequence[Prompt]) -> list[bool]:
+        def __call__(self, images, prompts):
             assert parameter_digest(tiny_model.denoiser) != before
             raise KeyError
 
@@ -112,7 +108,7 @@ def test_nothing_is_left_behind(method, tiny_model):
 
 def test_a_prompt_that_succeeds_leaves_the_batch(tiny_model):
     class Second(Threshold):
-        def __call__(self, images: np.ndarray, prompts: Sequence[Prompt]) -> list[bool]:
+        def __call__(self, images, prompts):
             super().__call__(images, prompts)
             return [prompt.seed == 1 or len(self.asked) == 2 for prompt in prompts]
 
@@ -161,7 +157,7 @@ def test_random_tokens_are_drawn_anew_after_each_failure(tiny_model):
         assert (found.timesteps, found.losses, found.success) == (3, [], False)
         (alone,) = attacked(tiny_model, attack, [prompt])
         assert alone.tokens == found.tokens
-    with pytest.raises(UserError, match=r"attacks\.random_tokens\.timesteps=0 must be"):
+    with pytest.raises(UserError, match=r"attacks\.random_tokens\.tries=0 is not"):
         RandomTokens(tokens=2, tries=0, batch_size=4)
 
 
@@ -169,7 +165,7 @@ def test_p4d_aims_at_the_unedited_models_own_trajectory(tiny_model):
     attack, own = P4D(**SMALL), victims(tiny_model)
     aim = attack.aim(tiny_model, own)
     sampler = attack.sampler(tiny_model)
-    x_t, predicted = aim.at(2, [1, 3])
+    x_t, predicted = aim(2, [1, 3])
     rows = torch.tensor([1, 3])
     phi = tiny_model.predict(x_t, sampler.timesteps[2], own.conditioning[rows])
     torch.testing.assert_close(predicted, phi)
@@ -205,7 +201,7 @@ def test_unlearn_diff_aims_at_the_training_target_of_the_unedited_image(tiny_mod
     (generator,) = make_generators([2], "test")
     t = attack.sampler(tiny_model).timesteps[1]
     for _ in range(2):  # fresh noise each time, from the prompt's own generator
-        x_t, target = aim.at(1, [2])
+        x_t, target = aim(1, [2])
         noise = torch.randn(1, *tiny_model.latent_shape, generator=generator)
         torch.testing.assert_close(x_t, tiny_model.add_noise(x_0[2:3], noise, t))
         torch.testing.assert_close(target, tiny_model.target(x_0[2:3], noise, t))
@@ -243,7 +239,7 @@ def test_losses_and_gradients_are_the_plain_ones(tiny_model):
     embeddings = torch.randn(2, 2, space.vocabulary.shape[1])
     with torch.enable_grad():
         losses, gradient = search_._loss(embeddings.clone(), 1, [0, 2])
-    x_t, target = aim.at(1, [0, 2])
+    x_t, target = aim(1, [0, 2])
     leaf = embeddings.requires_grad_()
     ids = space.prepend([TEXTS[0], TEXTS[2]], 2)
     t = attack.sampler(tiny_model).timesteps[1]
@@ -270,7 +266,7 @@ def test_half_precision_searches_as_well(method, tiny_model):
 
 
 def test_a_model_that_gives_no_finite_numbers_is_survived(tiny_model, monkeypatch):
-    def predict(x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+    def predict(x_t, t, conditioning):
         return float("nan") * x_t + conditioning.tensors["states"].mean()
 
     edit, attack = weakened(tiny_model), P4D(**SMALL)
@@ -292,13 +288,8 @@ def test_a_prompt_without_room_is_refused_before_the_first_step(tiny_model):
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("tokens", 0, r"attacks\.p4d\.tokens=0 must be at least 1"),
-        ("lr", 0.0, r"attacks\.p4d\.lr=0\.0 is not allowed"),
-        ("weight_decay", -1.0, r"attacks\.p4d\.weight_decay=-1\.0 is not allowed"),
-    ],
+    ("key", "value"), [("tokens", 0), ("iterations", 0), ("lr", 0.0), ("weight_decay", -1.0)]
 )
-def test_settings_out_of_range_are_refused(key, value, message):
-    with pytest.raises(UserError, match=message):
+def test_settings_out_of_range_are_refused(key, value):
+    with pytest.raises(UserError, match=rf"attacks\.p4d\.{key}={value} is not allowed"):
         P4D(**(SMALL | {key: value}))

@@ -5,15 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import MAX_TOKENS, WIDTH
-from torch import Tensor
 
 from cad.digests import parameter_digest
 from cad.errors import UserError
 from cad.models.stable_diffusion import StableDiffusionModel
 from cad.sampling import make_generators
-from cad.token_space import TokenSpace
 from evaluation.attacks.ring_a_bell import (
-    Found,
     Genetics,
     RingABell,
     concept_vector,
@@ -28,31 +25,25 @@ PAIRS = [("a hut", "hut"), ("a cat", "cat")]
 
 
 @pytest.fixture
-def model(tiny_pipeline) -> StableDiffusionModel:
+def model(tiny_pipeline):
     return StableDiffusionModel("tiny", tiny_pipeline, 64)  # a copied tokenizer loses its spaces
 
 
 @pytest.fixture
-def space(model) -> TokenSpace:
+def space(model):
     return model.token_space()
 
 
-def states(space: TokenSpace, prompt: str) -> Tensor:
+def states(space, prompt):
     return space.encode_ids(space.ids([prompt])).tensors["states"][0]  # (L, D)
 
 
-def searched(
-    space: TokenSpace,
-    target: Tensor,
-    genetics: Genetics = SMALL,
-    words: str = "abcdef",
-    seed: int = 0,
-) -> Found:
+def searched(space, target, genetics=SMALL, words="abcdef", seed=0):
     chosen = torch.tensor([LAST_A + ord(word) - ord("a") for word in words])
     return RingABell(space, chosen, genetics).search(target, make_generators([seed])[0])
 
 
-def test_the_concepts_vector_is_the_mean_difference_at_every_position(space) -> None:
+def test_the_concepts_vector_is_the_mean_difference_at_every_position(space):
     first = states(space, "a hut") - states(space, "hut")
     second = states(space, "a cat") - states(space, "cat")
     c_hat = concept_vector(space, PAIRS)
@@ -64,7 +55,7 @@ def test_the_concepts_vector_is_the_mean_difference_at_every_position(space) -> 
     )
 
 
-def test_the_target_itself_is_found_where_it_is_a_prompt(space) -> None:
+def test_the_target_itself_is_found_where_it_is_a_prompt(space):
     found = searched(space, states(space, "f a d"))
     assert found.text == "f a d"
     assert found.losses[-1] == pytest.approx(0, abs=1e-6)
@@ -73,20 +64,14 @@ def test_the_target_itself_is_found_where_it_is_a_prompt(space) -> None:
     assert found.losses[0] > found.losses[-1]
 
 
-def test_the_concepts_vector_turns_one_prompt_into_the_other(space) -> None:
-    c_hat = concept_vector(space, [("b e a", "b e c")])
-    target = target_states(space, "b e c", c_hat, 1.0)
-    assert searched(space, target).text == "b e a"
-
-
-def test_the_loss_is_the_squared_distance_of_the_found_text(space) -> None:
+def test_the_loss_is_the_squared_distance_of_the_found_text(space):
     target = target_states(space, "a d f", concept_vector(space, PAIRS), 2.0)
     found = searched(space, target)
     distance = (states(space, found.text) - target).square().sum()
     assert found.losses[-1] == pytest.approx(float(distance), rel=1e-5)
 
 
-def test_the_same_generator_finds_the_same_and_another_searches_otherwise(space) -> None:
+def test_the_same_generator_finds_the_same_and_another_searches_otherwise(space):
     target = target_states(space, "a d f", concept_vector(space, PAIRS), 2.0)
     state = torch.random.get_rng_state()
     found = searched(space, target)
@@ -95,7 +80,7 @@ def test_the_same_generator_finds_the_same_and_another_searches_otherwise(space)
     assert searched(space, target, seed=1).losses != found.losses
 
 
-def test_what_is_found_is_read_back_from_its_text(space, model) -> None:
+def test_what_is_found_is_read_back_from_its_text(space, model):
     before = parameter_digest(model.text_encoder)
     target = torch.randn(MAX_TOKENS, WIDTH, generator=make_generators([7])[0])
     engine = RingABell(space, space.usable, SMALL)  # letters within words too
@@ -106,7 +91,7 @@ def test_what_is_found_is_read_back_from_its_text(space, model) -> None:
     assert parameter_digest(model.text_encoder) == before
 
 
-def test_words_are_tokens_that_stand_alone(space) -> None:
+def test_words_are_tokens_that_stand_alone(space):
     words = whole_words(space)
     assert words.tolist() == list(range(LAST_A, LAST_A + 36))
     assert LAST_A not in whole_words(space, ["A"])
@@ -117,7 +102,7 @@ def test_words_are_tokens_that_stand_alone(space) -> None:
 
 @pytest.mark.parametrize("rates", [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0)])
 @pytest.mark.parametrize("tokens", [1, MAX_TOKENS - 2])
-def test_rates_and_lengths_at_their_limits(space, rates, tokens) -> None:
+def test_rates_and_lengths_at_their_limits(space, rates, tokens):
     genetics = Genetics(tokens, 6, 3, *rates)
     found = searched(space, states(space, "a b"), genetics)
     assert len(found.tokens) == tokens
@@ -126,7 +111,7 @@ def test_rates_and_lengths_at_their_limits(space, rates, tokens) -> None:
         assert len(set(found.losses)) == 1
 
 
-def test_no_more_is_kept_than_half_and_nothing_twice(space) -> None:
+def test_no_more_is_kept_than_half_and_nothing_twice(space):
     engine = RingABell(space, whole_words(space), Genetics(2, 6, 0, 0.5, 0.25))
     candidates = torch.tensor([[5, 6], [2, 3], [5, 6], [4, 4], [3, 2]])
     kept, losses = engine._selected(candidates, torch.tensor([2.0, 1.0, 2.0, 4.0, 3.0]))
@@ -134,12 +119,14 @@ def test_no_more_is_kept_than_half_and_nothing_twice(space) -> None:
     assert losses.tolist() == [1.0, 2.0, 3.0]
 
 
-def test_mistakes_are_named(space) -> None:
+def test_mistakes_are_named(space):
     for key, value in (("tokens", 0), ("population", 1), ("generations", -1), ("population", 2.5)):
-        with pytest.raises(UserError, match=rf"search\.{key}={value} is not allowed"):
+        with pytest.raises(
+            UserError, match=rf"search\.{key}={value} is not allowed: it is a whole"
+        ):
             Genetics(**{**vars(SMALL), key: value})
     for key in ("crossover", "mutation"):
-        with pytest.raises(UserError, match=rf"search\.{key}=1\.5 is not allowed; it is a rate"):
+        with pytest.raises(UserError, match=rf"search\.{key}=1\.5 is not allowed"):
             Genetics(**{**vars(SMALL), key: 1.5})
     with pytest.raises(UserError, match=f"{MAX_TOKENS - 1} adversarial tokens are not allowed"):
         RingABell(space, space.usable, Genetics(MAX_TOKENS - 1, 4, 1, 0.5, 0.5))

@@ -1,0 +1,1 @@
+"""One experiment: compose, edit, generate, measure, write down."""

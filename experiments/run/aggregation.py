@@ -1,0 +1,115 @@
+"""A run's records, and its aggregates: over the targets' images, the others', each group's, all.
+
+"The others", and several targets together, are the mean of their groups' values, as in the paper's
+tables. Where all groups have the same number of images that is the aggregate of all these images at
+once, which has the evaluator's own interval. Where they have not (`limit` cut the last round), the
+mean is taken, and its interval is put together from the groups' intervals: Zou, Huang and Zhang, "A
+note on confidence interval estimation for a linear function of binomial proportions" (2009). A
+metric that is a total is the total over all their images.
+
+Metrics of general captions are over all of them at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any, TypeVar
+
+from evaluation.evaluators.base import GENERAL, Evaluator, Metric, Record, score_image_set
+from evaluation.image_sets import ImageSet
+
+POOLED = "all images"  # the aggregate of all images at once
+MEAN = "mean of groups"
+
+T = TypeVar("T")
+Images = dict[str, dict[str, ImageSet]]
+"""By what is measured (CONCEPT, GENERAL) and state ("before", "after")."""
+
+logger = logging.getLogger(__name__)
+
+
+def evaluate(
+    evaluators: Sequence[Evaluator], images: Images, targets: Collection[str]
+) -> tuple[list[Record], list[dict[str, Any]]]:
+    """Per-image records, and the rows of `aggregate`.
+
+    Paired evaluators measure what the edit changed, so they have nothing to say before it.
+    """
+    records: list[Record] = []
+    rows: list[dict[str, Any]] = []
+    for evaluator in evaluators:
+        sets = images[evaluator.measures]
+        for state, judged in sets.items():
+            if evaluator.paired and state == "before":
+                continue
+            logger.info("measuring %s %s the edit", evaluator.name, state)
+            references = sets["before"] if evaluator.paired else None
+            scored = list(score_image_set(evaluator, judged, references))
+            origin = {"state": state, "metric": evaluator.name, "images": judged.folder.name}
+            records += [origin | record for record in scored]
+            rows += aggregate(evaluator, scored, targets, state)
+    return records, rows
+
+
+def aggregate(
+    evaluator: Evaluator, records: Sequence[Record], targets: Collection[str], state: str
+) -> list[dict[str, Any]]:
+    """A row per scope, as JSON data; scopes without images have none.
+
+    The scopes are "target", "others" and "group", or "general" alone for an evaluator of general
+    captions. A row is a `Metric` with its scope, state ("before", "after"), group (None for
+    several), the number of `groups` in it, and what it was taken `over`: POOLED or MEAN.
+    """
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(str(record["group"]), []).append(record)
+    if evaluator.measures == GENERAL:
+        rows = [_row("general", None, len(groups), POOLED, evaluator.aggregate(records))]
+    else:
+        rows = rows_by_group(groups, evaluator.aggregate, targets, evaluator.additive)
+    return [{"state": state} | row for row in rows]
+
+
+def rows_by_group(
+    groups: Mapping[str, Sequence[T]],
+    measure: Callable[[Sequence[T]], Metric],
+    targets: Collection[str],
+    additive: bool = False,
+) -> list[dict[str, Any]]:
+    """The rows of `aggregate` for the targets, the others and each group, without their state."""
+    single = {name: measure(group) for name, group in groups.items()}
+    rows = []
+    for scope, is_target in (("target", True), ("others", False)):
+        names = [name for name in groups if (name in targets) == is_target]
+        if not names:
+            continue
+        over = POOLED if additive or len({len(groups[name]) for name in names}) == 1 else MEAN
+        if len(names) == 1:
+            metric = single[names[0]]
+        elif over == POOLED:
+            metric = measure([each for name in names for each in groups[name]])
+        else:
+            metric = mean_of_groups([single[name] for name in names])
+        only = names[0] if is_target and len(names) == 1 else None
+        rows.append(_row(scope, only, len(names), over, metric))
+    return rows + [_row("group", name, 1, POOLED, metric) for name, metric in single.items()]
+
+
+def _row(scope: str, group: str | None, groups: int, over: str, metric: Metric) -> dict[str, Any]:
+    return {"scope": scope, "group": group, "groups": groups, "over": over} | asdict(metric)
+
+
+def mean_of_groups(metrics: Sequence[Metric]) -> Metric:
+    """The unweighted mean of independent metrics; its interval by the method of the module's head.
+
+    low = mean - sqrt(sum (value_g - low_g)^2) / G, and high likewise.
+    """
+    count = len(metrics)
+    value = sum(metric.value for metric in metrics) / count
+    below = math.hypot(*(metric.value - metric.low for metric in metrics)) / count
+    above = math.hypot(*(metric.high - metric.value for metric in metrics)) / count
+    n = sum(metric.n for metric in metrics)
+    return replace(metrics[0], value=value, low=value - below, high=value + above, n=n)

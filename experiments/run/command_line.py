@@ -1,0 +1,134 @@
+"""How the suite's programs end: a message for what a user can mend, a traceback for a bug.
+
+Importing this module makes the resolvers of conf/ known: a launcher's job unpickles `JobEnds`, and
+so comes here, before it composes its configuration.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import InstantiationException
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from cad.errors import UserError
+from experiments.run.configuration import check_results, register_resolvers
+
+USAGE_ERROR = 2  # exit status
+INTERRUPTED = 130  # exit status, as shells have it
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+CONFIGURING = ("hydra", "omegaconf", "antlr4", "submitit", "hydra_plugins")
+NO_PLUGIN = "\nLaunchers are plug-ins: pip install -e '.[slurm]' or '.[ray]'"
+
+log = logging.getLogger(__name__)
+
+register_resolvers()
+
+
+def exit_status(program: Callable[[], object]) -> int:
+    """0; USAGE_ERROR after the message of a user's mistake; INTERRUPTED after Ctrl-C."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # else Hydra ends the process with its own words
+    try:
+        program()
+    except KeyboardInterrupt:
+        log.error("interrupted: the same command goes on where this one stopped")
+        return INTERRUPTED
+    except Exception as error:
+        message = find_mistake(error)
+        if message is None:
+            raise
+        log.error("%s", message)
+        return USAGE_ERROR
+    return 0
+
+
+def find_mistake(error: BaseException) -> str | None:
+    """The message for a mistake that a user can mend; None for everything else.
+
+    Hydra wraps whatever a constructor raises: a UserError among the causes is what the user is
+    told, without the wrapping; any other error inside an instantiation is a bug. What Hydra,
+    OmegaConf and launchers raise themselves is about the configuration, or a job that died.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UserError):
+            return str(cause)
+        cause = cause.__cause__
+    if isinstance(error, OSError) and error.errno in FULL_DISK:
+        return (
+            f"cannot write {error.filename or 'a result'} ({error.strerror}): make room, or choose "
+            "another folder with paths.results=DIR; the same command goes on where it stopped"
+        )
+    if isinstance(error, InstantiationException) or _origin(error) not in CONFIGURING:
+        return None
+    if isinstance(error, OmegaConfBaseException):
+        return f"{error.full_key}: {str(error).splitlines()[0]}"
+    return str(error) + (NO_PLUGIN if "'hydra/launcher/" in str(error) else "")
+
+
+def _origin(error: BaseException) -> str:
+    """The package whose code raised the error; its own where nobody did."""
+    place, name = error.__traceback__, type(error).__module__
+    while place is not None:
+        name, place = place.tb_frame.f_globals.get("__name__", ""), place.tb_next
+    return str(name).partition(".")[0]
+
+
+class JobEnds(Callback):
+    """Hydra's callback of `run.py`: an unusable paths.results, failed jobs, a multirun's summary.
+
+    A failed job does not stop the others of a multirun; the process then ends with USAGE_ERROR. It
+    ends by SystemExit: Hydra turns any other exception of a callback into a warning, and adds words
+    of its own to a job's.
+    """
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        _end_unless_writable(config)  # before Hydra makes its folder there
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        _end_unless_writable(config)
+        from experiments.run.sweep import forget  # imports PyTorch
+
+        forget(Path(config.hydra.sweep.dir))
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        error = job_return._return_value if job_return.status == JobStatus.FAILED else None
+        message = find_mistake(error) if error else None
+        if message:
+            log.error("%s", message)
+        if config.hydra.mode == RunMode.MULTIRUN:
+            from experiments.run.sweep import note  # imports PyTorch, as the job did
+
+            folder = Path(config.hydra.runtime.output_dir)
+            if error is None:
+                note(folder, result=job_return.return_value)
+                return
+            if not message:
+                log.error("a bug", exc_info=error)
+            note(folder, error=message or f"{type(error).__name__}: {error}")
+            job_return.return_value, job_return.status = None, JobStatus.COMPLETED
+        elif message:
+            raise SystemExit(USAGE_ERROR)
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        from experiments.run.sweep import summarise  # imports PyTorch
+
+        if not summarise(Path(config.hydra.sweep.dir)):
+            raise SystemExit(USAGE_ERROR)
+
+
+def _end_unless_writable(config: DictConfig) -> None:
+    try:
+        check_results(config)
+    except UserError as error:
+        log.error("%s", error)
+        raise SystemExit(USAGE_ERROR) from error

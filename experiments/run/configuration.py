@@ -1,0 +1,304 @@
+"""Configurations of conf/: how they are composed, and which values cannot work.
+
+Light on purpose: PyTorch comes with the functions that are called for a job, so `run.py --help`
+answers at once.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import tempfile
+import types
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, Node, OmegaConf
+
+from cad.checks import number, optional, whole
+from cad.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CONF = REPOSITORY / "conf"
+GROUPS = {  # the key of a prompt set's configuration that names the groups of its images
+    "evaluation.prompts.ObjectPrompts": "subjects",
+    "evaluation.prompts.StylePrompts": "styles",
+}
+SCALARS = {  # types whose values are checked, and what these are called in messages
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    type(None): "null",
+}
+
+Compose = Callable[..., DictConfig]
+"""compose(overrides, name="config"): what a program of the suite would be given."""
+
+
+def register_resolvers() -> None:
+    """Make the resolvers of conf/ known to OmegaConf: `${first:...}`, `${setting:...}` and others.
+
+    `short_hash` is cached in the configuration, so all jobs of a multirun share its folder.
+    """
+    OmegaConf.register_new_resolver("first", first, replace=True)
+    OmegaConf.register_new_resolver("setting", setting, replace=True)
+    OmegaConf.register_new_resolver("default_evaluators", default_evaluators, replace=True)
+    OmegaConf.register_new_resolver("short_hash", short_hash, replace=True, use_cache=True)
+    OmegaConf.register_new_resolver("repository", lambda: str(REPOSITORY), replace=True)
+
+
+@contextmanager
+def composer(folders: Sequence[str | Path] = ()) -> Iterator[Compose]:
+    """Composes configurations of conf/ as the programs do, also inside one of them.
+
+    Options are looked for in `folders` too, as with --config-dir.
+    """
+    register_resolvers()
+    own = [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in folders)}]"]
+    outer = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()  # Hydra composes one program's configuration at a time
+    try:
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            yield lambda overrides, name="config": hydra.compose(
+                name, [*(own if folders else []), *overrides]
+            )
+    finally:
+        GlobalHydra.instance().hydra = outer
+
+
+def compose(
+    overrides: Sequence[str] = (), name: str = "config", folders: Sequence[str | Path] = ()
+) -> DictConfig:
+    """One configuration of `composer`."""
+    with composer(folders) as composed:
+        return composed(overrides, name)
+
+
+def first(nodes: DictConfig) -> Any:
+    """The first value of a mapping."""
+    return next(iter(nodes.values()))
+
+
+def setting(place: str, *, _root_: DictConfig, _node_: Node) -> Any:
+    """The default of a setting: what the table `values.<place>` has for model and concept.
+
+    A table has a row for some models and one called "default". A row is a value, or has values by
+    concept or kind of concept. The first that there is of these is taken, for the first concept:
+    <model>.<concept>, <model>.<kind>, default.<concept>, default.<kind>. A value of `quick`
+    (debug=tiny) comes before all. Raises UserError where there is none.
+    """
+    name = place.rpartition(".")[2]
+    if name in _root_.quick:
+        return _root_.quick[name]
+    model, concept = _root_.model, _root_.concept
+    table = OmegaConf.select(_root_, f"values.{place}")
+    for row in (table[key] for key in (model.name, "default") if key in table):
+        if not isinstance(row, DictConfig):
+            return row
+        for key in (concept.name, concept.kind):
+            if key in row:
+                return row[key]
+    key = _node_._get_full_key(None)
+    raise UserError(
+        f"{key} has no default for concept={concept.name} (kind {concept.kind}) of "
+        f"model={model.name}: set {key}"
+    )
+
+
+def default_evaluators(model: DictConfig, concept: DictConfig) -> DictConfig | None:
+    """Those that the model names for the concept's kind; none for weights that mean nothing."""
+    return model.evaluators[concept.kind] if model.weights == "published" else None
+
+
+def short_hash(value: Any) -> str:
+    """The name of a log's folder: `cad.identity.short_digest` of a configuration's value."""
+    from cad.identity import short_digest  # imports PyTorch
+
+    return short_digest(plain(value))
+
+
+def plain(node: Any) -> Any:
+    """A configuration node as plain resolved dictionaries and lists; other values as they are."""
+    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+
+
+def build(node: DictConfig, target: Callable[..., Any] | None = None) -> Any:
+    """The object that a node describes: `target`, or its `_target_`, called with its other values.
+
+    Raises UserError, naming the key, for a value of another type than the target asks for, and for
+    a key that it does not have; and what the target raises.
+    """
+    _check_arguments(node, target or hydra.utils.get_object(node._target_))
+    return target(**plain(node)) if target else hydra.utils.instantiate(node, _convert_="all")
+
+
+def settle(cfg: DictConfig) -> DictConfig:
+    """A copy of `cfg` whose device and dtype are chosen: "auto" becomes what this machine has.
+
+    Raises UserError for a device or dtype that is unknown or not there.
+    """
+    from cad.models.base import resolve_device, resolve_dtype
+
+    settled: DictConfig = cfg.copy()
+    device = resolve_device(cfg.device)
+    settled.device = str(device)
+    settled.dtype = str(resolve_dtype(cfg.dtype, device)).removeprefix("torch.")
+    return settled
+
+
+def check(cfg: DictConfig) -> None:
+    """Raise UserError for a value that cannot work, or a combination that makes no sense.
+
+    What a part checks when it is made (`build`) is left to it.
+    """
+    _check_named(cfg)
+    _check_concepts(cfg)
+    _check_weights(cfg)
+    _check_prompts(cfg)
+    whole(0)("seed", cfg.seed)
+    whole(1)("images_per_class", cfg.images_per_class)
+    optional(whole(1))("limit", cfg.limit)
+    optional(whole(1))("attack.limit", cfg.attack.limit)
+    _check_effect(cfg)
+
+
+def check_concept(cfg: DictConfig, concept: DictConfig) -> None:
+    """Raise UserError for a concept that the model does not know."""
+    known = cfg.model.concepts
+    if known is not None and concept.name not in known:
+        raise UserError(
+            f"concept={concept.name} is unknown to model={cfg.model.name}, which draws: "
+            f"{', '.join(known)}. Choose one of these, or another model"
+        )
+
+
+def check_results(cfg: DictConfig) -> None:
+    """Make the folder of all results. UserError where paths.results is none, or takes no files."""
+    _check_named(cfg)
+    given = cfg.paths.results
+    try:
+        Path(given).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=given):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"paths.results={given} cannot be written to ({os.strerror(error.errno or 0)}); choose "
+            "another folder with paths.results=DIR"
+        ) from error
+
+
+def adding(concept: DictConfig) -> str:
+    """The overrides that add a concept to prompts: a set by its name, and the entry."""
+    name, key = ("styles", "styles") if concept.kind == "style" else ("objects", "subjects")
+    return f"prompts={name} '+prompts.{key}.{concept.name}={concept.text}'"
+
+
+def _check_arguments(node: DictConfig, target: Callable[..., Any]) -> None:
+    """Refuse values of `build`'s node, and of the nodes in it, that the target cannot take."""
+    parameters = inspect.signature(target).parameters
+    is_open = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
+    try:
+        hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    except NameError:  # of a type that is imported for type checkers alone
+        hints = {}
+    for name, value in node.items():
+        key = f"{node._get_full_key(None)}.{name!s}"
+        if isinstance(value, DictConfig) and "_target_" in value:
+            _check_arguments(value, hydra.utils.get_object(value._target_))
+        elif not str(name).startswith("_") and name not in parameters and not is_open:
+            known = ", ".join(parameters)
+            raise UserError(f"{key} is unknown; {target.__name__} takes: {known}")
+        elif (wanted := _misfit(value, hints.get(str(name)))) is not None:
+            raise UserError(f"{key}={value} is not allowed; it is {wanted}")
+
+
+def _misfit(value: Any, hint: Any) -> str | None:
+    """The annotated type in words, if the value is not of it; types beside SCALARS all fit."""
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    fits = type(value) in allowed or (type(value) is int and float in allowed)
+    if fits or not set(allowed) <= SCALARS.keys():
+        return None
+    return " or ".join(SCALARS[each] for each in allowed)
+
+
+def _check_named(cfg: DictConfig) -> None:
+    if not str(cfg.paths.results or "").strip():
+        raise UserError("paths.results is empty: name a folder for all results, paths.results=DIR")
+
+
+def _check_concepts(cfg: DictConfig) -> None:
+    kinds = {concept.name: concept.kind for concept in cfg.concepts.values()}
+    if len(set(kinds.values())) > 1:
+        raise UserError(
+            f"concept=[{','.join(kinds)}] are of different kinds ({', '.join(kinds.values())}); "
+            "several concepts are edited and measured together only if they are of one kind"
+        )
+    groups = _groups(cfg)
+    for concept in cfg.concepts.values():
+        check_concept(cfg, concept)
+        if groups and concept.name not in groups:
+            raise UserError(
+                f"concept={concept.name} has no images in the chosen prompts, whose groups are: "
+                f"{', '.join(groups)}. Choose a concept among them, other prompts (prompts=NAME), "
+                f"or add it: {adding(concept)}"
+            )
+
+
+def _groups(cfg: DictConfig) -> list[str]:
+    """The groups that the chosen prompts announce: their styles or subjects; [] if they do not."""
+    key = GROUPS.get(cfg.prompts._target_) if cfg.prompts and "_target_" in cfg.prompts else None
+    return [str(name) for name in cfg.prompts[key]] if key else []
+
+
+def _check_weights(cfg: DictConfig) -> None:
+    if cfg.model.weights == "published":
+        return
+    if "weights" not in cfg.model.adapter:
+        raise UserError(
+            f"model.weights={cfg.model.weights} is not for model={cfg.model.name}, whose weights "
+            "are part of the repository; use model.weights=published, or model=sd14"
+        )
+    for group, chosen in (("evaluator", cfg.evaluator), ("attack", cfg.attacks)):
+        if chosen:
+            raise UserError(
+                f"{group}={','.join(chosen)} has nothing to measure: images of "
+                f"model.weights={cfg.model.weights} mean nothing. Leave {group} out: the edit is "
+                "made, and its time and memory are reported"
+            )
+
+
+def _check_prompts(cfg: DictConfig) -> None:
+    if cfg.prompts is None:
+        return
+    if "_target_" not in cfg.prompts:
+        given = ", ".join(str(key) for key in cfg.prompts)
+        raise UserError(
+            f"prompts has {given} alone, which is no prompt set: the default prompts belong to the "
+            "model and cannot be added to. Name the set and add to that, for example "
+            f"{adding(cfg.concept)}"
+        )
+    own = "images_per_class" in cfg.prompts
+    if not own and cfg.images_per_class != cfg.model.images_per_class:
+        raise UserError(
+            f"images_per_class={cfg.images_per_class} has no effect on the chosen prompts, a set "
+            "of its own size: take the first with limit=N, or choose others, such as "
+            "prompts=objects"
+        )
+
+
+def _check_effect(cfg: DictConfig) -> None:
+    count = whole(0)("effect.count", cfg.effect.count)
+    number(lambda x: 0 < x < 1, "a fraction of the weights")("effect.share", cfg.effect.share)
+    if count == 1:
+        raise UserError("effect.count=1: a correlation needs at least 2 ablations; 0 means none")
+    if count and len(cfg.concepts) > 1:
+        raise UserError(
+            f"effect.count={count} looks at the objective of one concept; chosen are "
+            f"{', '.join(cfg.concepts)}. Use effect.count=0 or name one"
+        )

@@ -1,0 +1,195 @@
+"""A result's table, from the files of its folder alone: console, markdown, tracker, data frame.
+
+Cells are formatted here and nowhere else, so all of them show the same digits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+from cad.models.base import RANDOM
+from experiments.run.aggregation import MEAN
+from experiments.run.results import read_json
+
+DASH = "–"  # nothing was measured
+
+
+class Tracker:
+    """Shows a finished result elsewhere; this one nowhere.
+
+    It changes none of the result's files. What keeps it from its work is logged, not raised: a run
+    does not fail because of it.
+    """
+
+    def log(self, folder: Path) -> None:
+        """Mirror the result in `folder`, unless that was done before."""
+
+    def log_item(
+        self,
+        name: str,
+        panels: Mapping[str, pd.DataFrame],
+        notes: Sequence[str],
+        paths: Mapping[str, Path],
+        folder: Path,
+    ) -> None:
+        """Mirror a table or figure of the paper at every call: its panels by heading, its files.
+
+        `paths` has the files by ending: its page "html", a figure's picture "png". The tracker's
+        own files go into `folder`.
+        """
+
+
+def result_table(metrics: dict[str, Any], cost: dict[str, Any]) -> pd.DataFrame:
+    """Rows of a run's table, cells as text: quantity, before, after, change."""
+    shown = [row for row in metrics["metrics"] if row["scope"] != "group"]
+    measured = dict.fromkeys((row["name"], row["scope"]) for row in shown)
+    rows = [_metric_row(metrics, name, scope) for name, scope in measured]
+    rows += _broken_rows(metrics)
+    rows += _cost_rows(metrics, cost)
+    if metrics["effect"] is not None:
+        effect = metrics["effect"]
+        label = f"predicted against measured effect, Pearson r (n = {effect['count']})"
+        rows.append([label, DASH, f"{effect['pearson_r']:.3f}", DASH])
+    return pd.DataFrame(rows, columns=["", "before", "after", "change"])
+
+
+def to_markdown(frame: pd.DataFrame) -> str:
+    """`frame` as a markdown table, its cells untouched."""
+    return str(frame.to_markdown(index=False, disable_numparse=True)) + "\n"
+
+
+def show_result(folder: Path, *, reused: bool) -> None:
+    """Print a finished run: table, picture and folder."""
+    metrics, cost = read_json(folder / "metrics.json"), read_json(folder / "cost.json")
+    console = Console(highlight=False)
+    if reused:
+        console.print("\nThis experiment was finished before; nothing was computed.")
+    show_table(result_table(metrics, cost), title(metrics), console)
+    pictures = {"before / after": folder / "before_after.png", "attacks": folder / "attack.png"}
+    paths = {label: path for label, path in pictures.items() if path.exists()}
+    for label, path in (paths | {"result folder": folder}).items():
+        console.print(f"{label}: {path}", soft_wrap=True, markup=False)
+
+
+def show_table(frame: pd.DataFrame, caption: str, console: Console | None = None) -> None:
+    """Print a table of ready cells under its caption."""
+    table = Table(title=caption, title_justify="left", title_style="bold")
+    for number, column in enumerate(frame.columns):
+        table.add_column(str(column), justify="left" if number == 0 else "right")
+    for cells in frame.itertuples(index=False):
+        table.add_row(*[str(cell) for cell in cells])
+    (console or Console(highlight=False)).print(table)
+
+
+def title(metrics: dict[str, Any]) -> str:
+    """The run in a line: "erase parachute, mini, ratio 0.01 per row of ff"."""
+    edit, concepts, model = metrics["edit"], join_concepts(metrics), metrics["model"]["name"]
+    if metrics["model"]["revision"] in RANDOM:
+        model = f"{model} (RANDOM WEIGHTS: costs, not effects)"
+    if edit["name"] == "none":
+        return f"{concepts} by {model}, unedited"
+    how = "" if edit["ratio"] is None else f", ratio {edit['ratio']:g} per {edit['per']}"
+    where = f" of {edit['component']}" if how else ""
+    return f"{edit['name']} {concepts}, {model}{how}{where}"
+
+
+def join_concepts(metrics: dict[str, Any]) -> str:
+    """The edited concepts in words: "church", "church and parachute"."""
+    *rest, last = metrics["concepts"]
+    return f"{', '.join(rest)} and {last}" if rest else str(last)
+
+
+def run_settings(metrics: dict[str, Any]) -> dict[str, Any]:
+    """The settings that runs of a sweep differ in, from a result's metrics.json."""
+    edit = metrics["edit"]
+    return {
+        "model": metrics["model"]["name"],
+        "concept": join_concepts(metrics),
+        "edit": edit["name"],
+        "component": edit["component"],
+        "ratio": edit["ratio"],
+        "per": edit["per"],
+        "seed": metrics["seed"],
+    }
+
+
+def tidy(result: Path) -> pd.DataFrame:
+    """The target's and the others' metrics of a result, one row each, with their settings."""
+    metrics = read_json(result / "metrics.json")
+    rows = [
+        run_settings(metrics)
+        | {"metric": row["name"], "scope": row["scope"], "state": row["state"]}
+        | {key: row[key] for key in ("value", "low", "high", "n", "unit", "version")}
+        | {"result": result.name}
+        for row in metrics["metrics"]
+        if row["scope"] != "group"
+    ]
+    return pd.DataFrame(rows)
+
+
+def find_metric(
+    metrics: dict[str, Any], name: str, scope: str, state: str
+) -> dict[str, Any] | None:
+    """The aggregate of a metric over a scope ("target", "others", "general"), or None."""
+    for row in metrics["metrics"]:
+        if (row["name"], row["scope"], row["state"]) == (name, scope, state):
+            found: dict[str, Any] = row
+            return found
+    return None
+
+
+def format_interval(row: dict[str, Any] | None) -> str:
+    """Value and 95 % interval in the metric's unit, "95.0 [76.4, 99.1]", or a dash."""
+    if row is None:
+        return DASH
+    value, low, high = (f"{row[key]:.{row['decimals']}f}" for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
+def _metric_row(metrics: dict[str, Any], name: str, scope: str) -> list[str]:
+    before = find_metric(metrics, name, scope, "before")
+    after = find_metric(metrics, name, scope, "after")
+    change = DASH
+    if before is not None and after is not None:
+        change = f"{after['value'] - before['value']:+.{after['decimals']}f}"
+    row = before or after or {}
+    who = {
+        "general": "general captions",
+        "target": join_concepts(metrics),
+        "others": "the other group" if row["groups"] == 1 else f"the {row['groups']} others",
+    }[scope]
+    arrow = "" if scope == "target" else " ↑" if row["higher_is_better"] else " ↓"
+    mean = ", mean of groups" if row["over"] == MEAN else ""
+    label = f"{name.replace('_', ' ')} on {who}, {row['unit']}{arrow} (n = {row['n']}{mean})"
+    return [label, format_interval(before), format_interval(after), change]
+
+
+def _broken_rows(metrics: dict[str, Any]) -> list[list[str]]:
+    """A row if any image had values that were not finite: such images are black in the set."""
+    sets = list(metrics["images"].values())
+    if not any(made["broken"] for states in sets for made in states.values()):
+        return []
+    cells = []
+    for state in ("before", "after"):
+        made = [states[state] for states in sets if state in states]
+        broken, count = (sum(images[key] for images in made) for key in ("broken", "count"))
+        cells.append(f"{broken} of {count}" if made else DASH)
+    return [["broken images (not finite, saved as black) ↓", *cells, DASH]]
+
+
+def _cost_rows(metrics: dict[str, Any], cost: dict[str, Any]) -> list[list[str]]:
+    if metrics["edit"]["name"] == "none":
+        return []
+    kind = f" ({cost['memory_kind']})" if cost["memory_kind"] else ""
+    cached = " (cached; cost of making it)" if cost["cached"] else ""
+    return [
+        ["weights changed", DASH, f"{metrics['edit']['num_weights']:,}", DASH],
+        [f"editing time{cached}", DASH, f"{cost['seconds']:.1f} s", DASH],
+        [f"peak memory of editing{kind}", DASH, f"{cost['peak_memory_mb']:,.0f} MB", DASH],
+    ]

@@ -1,0 +1,58 @@
+"""Figure 2: does the attribution tell the truth? Predicted against measured changes of J."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pandas as pd
+from matplotlib.axes import Axes
+from scipy.stats import pearsonr
+
+from experiments.run.curves import BLUE, PANEL_SIZE, PANELS_PER_ROW, new_canvas
+from experiments.run.rendering import join_concepts, title
+from experiments.run.results import read_json
+from experiments.tables.exhibit import ListedRun
+from experiments.tables.figures.drawing import Drawing
+
+
+def draw_effects(runs: Sequence[ListedRun]) -> Drawing:
+    """A panel per run: each of its random ablations as a point, the line of equality, Pearson r."""
+    columns = min(len(runs), PANELS_PER_ROW)
+    rows = math.ceil(len(runs) / columns)
+    canvas = new_canvas(PANEL_SIZE[0] * columns, PANEL_SIZE[1] * rows)
+    panels = canvas.subplots(rows, columns, squeeze=False).flat
+    frames, says = [], []
+    for panel, run in zip(panels, runs, strict=False):
+        metrics = read_json(run.folder / "metrics.json")
+        points = pd.read_csv(run.folder / "effects.csv")
+        concept = join_concepts(metrics)
+        frames.append(points.assign(concept=concept))
+        says.append(_sentence(concept, points, metrics["effect"]["share"], title(metrics)))
+        _scatter(panel, concept, points)
+    for empty in panels[len(runs) :]:
+        empty.set_axis_off()
+    return Drawing(canvas, pd.concat(frames, ignore_index=True), says)
+
+
+def _scatter(panel: Axes, concept: str, points: pd.DataFrame) -> None:
+    low, high = points.to_numpy().min(), points.to_numpy().max()
+    panel.plot([low, high], [low, high], color="0.5", linewidth=1, label="equal")
+    panel.scatter(points["predicted"], points["measured"], s=10, color=BLUE, alpha=0.6)
+    r = float(pearsonr(points["predicted"], points["measured"]).statistic)
+    panel.set(
+        title=f"{concept.replace('_', ' ')}: r = {r:.3f}, n = {len(points)}",
+        xlabel="predicted change of J",
+        ylabel="measured change of J",
+    )
+    panel.legend(fontsize="small", loc="upper left")
+
+
+def _sentence(concept: str, points: pd.DataFrame, share: float, run: str) -> str:
+    found = pearsonr(points["predicted"], points["measured"])
+    interval = found.confidence_interval(0.95)
+    return (
+        f"{concept}: Pearson r {found.statistic:.3f} [{interval.low:.3f}, {interval.high:.3f}] "
+        f"(95 %, by Fisher's z), {len(points)} random ablations of {100 * share:g} % of the "
+        f"weights each ({run})."
+    )

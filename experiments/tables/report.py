@@ -1,0 +1,120 @@
+"""Every table and figure that was made, in one HTML page that needs no other file, and an index.
+
+    python -m experiments.tables.report model=mini      (make report MODEL=mini)
+
+It makes nothing anew: what was rendered in results/reproduction is put together, and what was not
+is taken from results/mini, which comes with the repository.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig
+
+from cad.errors import UserError
+from cad.files import write_atomically
+from experiments.run.command_line import exit_status
+from experiments.run.configuration import REPOSITORY
+from experiments.run.results import read_json
+from experiments.tables.exhibit import MINIATURE, STATES
+from experiments.tables.publishing import Section, page, read_section
+
+PAPER = "Unveiling Concept Attribution in Diffusion Models"
+TITLE = f"{PAPER}: a reproduction"
+MINIATURES = (
+    "What differs from the paper: the miniature is another model, a Stable-Diffusion-shaped one of "
+    "64 x 64 pixels that this project trained, with its own classifier, CLIP and prompts and with "
+    "fewer images (n is in the captions). The paper's values stand beside its own for orientation; "
+    "that they differ says nothing against either. Faces stand for explicit content and five drawn "
+    "styles for the artists."
+)
+PAPERS = (
+    "What differs from the paper: a dagger marks every value of the paper that is outside our 95 % "
+    "interval, and DEVIATIONS.md in the repository lists where the suite departs from it."
+)
+SHIPPED = REPOSITORY / "results" / MINIATURE
+INDEX = "README.md"
+
+log = logging.getLogger(__name__)
+
+
+@hydra.main(version_base="1.3", config_path="../../conf", config_name="programs/report")
+def main(config: DictConfig) -> None:
+    """Write the report of one model, or of all."""
+    model = None if config.get("model") is None else str(config.model.name)
+    log.info("%s", write_report(Path(config.paths.results) / "reproduction", model))
+
+
+def write_report(folder: Path, model: str | None, shipped: Path = SHIPPED) -> Path:
+    """Write report.html, or report-MODEL.html of one model's exhibits, into the folder of all.
+
+    Beside it README.md, an index of their markdown. Raises UserError where there are none.
+    """
+    made = {path.stem: read_json(path) for path in sorted(folder.glob("*.json"))}
+    made = {name: each for name, each in made.items() if "filled" in each}
+    made = {name: each for name, each in made.items() if model in (None, *each["models"])}
+    files = {path.stem: path for path in shipped.glob("*.md") if path.name != INDEX}
+    files = files if model in (None, MINIATURE) else {}
+    files |= {name: folder / f"{name}.md" for name in made}
+    if not files:
+        raise UserError(
+            f"{folder} has no tables or figures of {model}: make one first, for instance with "
+            "python run.py table=table01 model=mini making.fast=true"
+        )
+    sections = [_with_progress(read_section(files[name]), made.get(name)) for name in sorted(files)]
+    sections.sort(key=lambda each: ("Table" not in each.called, "Figure" not in each.called))
+    lead = _lead(sections, list(made.values()))
+    links = [
+        f"- [{each.called}]({os.path.relpath(files[each.name], folder)}): {each.subject}"
+        for each in sections
+    ]
+    index = "\n\n".join([f"# {TITLE}", *lead, "\n".join(links)])
+    write_atomically(folder / INDEX, f"{index}\n".encode())
+    path = folder / ("report.html" if model is None else f"report-{model}.html")
+    write_atomically(path, page(TITLE, sections, lead).encode())
+    return path
+
+
+def _with_progress(section: Section, facts: Mapping[str, Any] | None) -> Section:
+    """The section with how many of its runs are done, for the index; nothing if all are."""
+    runs = {} if facts is None else facts["runs"]
+    if runs.get("done") == sum(runs.values()):
+        return section
+    progress = f"{runs['done']} of {sum(runs.values())} runs" if facts else "as shipped"
+    return replace(section, called=f"{section.called} ({progress})")
+
+
+def _lead(sections: Sequence[Section], made: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Paragraphs that say what was run, on what, when, and what differs from the paper."""
+    models = sorted({name for each in sections for name in each.models.split(" and ")})
+    tables = sum(each.called.startswith("Table") for each in sections)
+    text = (
+        f"{tables} tables and {len(sections) - tables} figures of {PAPER} (arXiv 2412.02542), of "
+        f"{' and '.join(models)}; a dash stands for what was not run."
+    )
+    if len(made) < len(sections):
+        text += f" {len(sections) - len(made)} are as they came with the repository."
+    if made:
+        done, missing, refused = (sum(each["runs"][state] for each in made) for state in STATES)
+        text += (
+            f" Of the runs of the others, counted in each that shows them, {done} are done, "
+            f"{missing} are still to be run and {refused} cannot be."
+        )
+    origins = sorted({origin for each in made for origin in each["made"]})
+    text += f" Run {'; '.join(origins)}." if origins else ""
+    if any(each["fast"] for each in made):
+        text += " Some are fast versions, with fewer images and wider intervals; they say so."
+    differs = {MINIATURES: MINIATURE in models, PAPERS: models != [MINIATURE]}
+    return [text, *(each for each, applies in differs.items() if applies)]
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(main))

@@ -1,0 +1,190 @@
+"""Attacks as run.py has them: the contract of conf/attack, the choices, and a run end to end."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import hydra
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+from omegaconf import DictConfig, OmegaConf
+from weights import write_weights
+
+from cad.errors import UserError
+from cad.models.random_weights import random_pipeline
+from cad.models.stable_diffusion_xl import StableDiffusionXLModel
+from evaluation.attacks.base import Attack
+from evaluation.evaluators.base import Evaluator
+from evaluation.prompts import Prompt
+from experiments.run import attacking, configuration
+from experiments.run.attacking import judge_node, plan_attacks
+from experiments.run.configuration import CONF, build
+from experiments.run.experiment import prepare, run
+from experiments.run.rendering import find_metric, result_table
+from experiments.run.results import read_json, read_lines
+
+NAMES = [path.stem for path in sorted((CONF / "attack").glob("*.yaml"))]
+ALONE = ("evaluator=[]", "+evaluator={}")
+BOTH = "attack=[p4d,unlearn_diff]"
+
+
+@functools.cache
+def compose(*overrides: str) -> DictConfig:
+    return configuration.compose(["device=cpu", "logger=none", *overrides])
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_weights(tmp_path_factory.mktemp("miniature"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_attack(name: str) -> None:
+    """Its file makes it; its name is the file's; what it does is told in JSON, less its memory."""
+    (attack,) = plan_attacks(compose(f"attack={name}")).attacks
+    assert isinstance(attack, Attack)
+    assert attack.name == name
+    settings = json.loads(json.dumps(attack.settings()))
+    assert settings["attack"] == name
+    assert "gradient_checkpointing" not in settings
+    assert {"tokens", "timesteps", "iterations", "lr", "batch_size", "version"} <= settings.keys()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("concept", "tokens"), [("nudity", 5), ("church", 3), ("van_gogh", 3)])
+def test_the_papers_schedule(name: str, concept: str, tokens: int) -> None:
+    attack = build(compose("model=sd14", f"concept={concept}", f"attack={name}").attacks[name])
+    schedule = attack.schedule
+    assert (schedule.tokens, schedule.timesteps) == (tokens, 50)
+    if attack.optimises:
+        assert (schedule.iterations, schedule.lr, schedule.weight_decay) == (40, 0.01, 0.1)
+
+
+def test_what_decides_an_attack_is_in_the_identity() -> None:
+    def identify(*overrides: str) -> str:
+        return prepare(compose("attack=p4d", *overrides)).folder.digest
+
+    same = ("attack.store=x", "attacks.p4d.gradient_checkpointing=true", "paths.scores=y")
+    assert {identify(override) for override in same} == {identify()}
+    assert identify("evaluator@attack.judge=accuracy") == identify()  # the default one
+    others = ("attack.limit=3", "attack.tokens=4", "evaluator@attack.judge=face", BOTH)
+    assert len({identify(override) for override in others} | {identify()}) == 5
+
+
+@pytest.mark.parametrize(
+    ("overrides", "judge"),
+    [
+        (("concept=church",), "accuracy"),
+        (("concept=face",), "accuracy"),
+        (("concept=face", "evaluator@attack.judge=face"), "face"),
+        (("concept=pop_art",), "style_accuracy"),
+        (("model=sd14", "concept=nudity", "prompts=attack_nudity"), "nudity"),
+        (("model=sd14", "concept=church", *ALONE), "accuracy"),
+    ],
+)
+def test_who_judges(overrides: tuple[str, ...], judge: str) -> None:
+    assert class_of(judge_node(compose("attack=p4d", *overrides))).name == judge
+
+
+def class_of(node: DictConfig) -> type[Evaluator]:
+    found: type[Evaluator] = hydra.utils.get_class(node._target_)
+    return found
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("model=sd14", "concept=van_gogh"),  # measured by LPIPS alone
+        ("concept=church", "evaluator@attack.judge=clip_score"),
+    ],
+)
+def test_who_cannot_judge_is_named(overrides: tuple[str, ...]) -> None:
+    with pytest.raises(UserError, match=r"\((lpips|clip_score)\) does not: evaluator@attack"):
+        prepare(compose("attack=p4d", *overrides))
+
+
+def test_evaluators_that_judge_say_by_which_record(weights: Path) -> None:
+    judging = {"accuracy": "correct", "style_accuracy": "correct", "nudity": "count"}
+    judging |= {"face": "count"}
+    for path in sorted((CONF / "evaluator").glob("*.yaml")):
+        if path.stem != "default":
+            (node,) = compose(f"evaluator=[{path.stem}]").evaluator.values()
+            evaluator: type[Evaluator] = class_of(node)
+            assert evaluator.judges == judging.get(path.stem)
+
+
+def test_a_missing_default_names_its_place() -> None:
+    cfg = compose("attack=p4d").copy()
+    cfg["values"].attack.tokens = {}
+    with pytest.raises(Exception, match=r"attack\.tokens has no default .*: set attack\.tokens"):
+        OmegaConf.to_container(cfg.attacks, resolve=True)
+
+
+def test_shares_of_one_and_of_several_targets() -> None:
+    prompts = [Prompt("x", i, "church" if i < 4 else "tench") for i in range(6)]
+    success = [True, True, False, False, True, True]
+    target, church, tench = attacking._rows("p4d_success_rate", "1", prompts, success)
+    assert (church["value"], church["n"], tench["value"]) == (0.5, 4, 1.0)
+    assert (target["value"], target["over"], target["groups"]) == (0.75, "mean of groups", 2)
+    target, _ = attacking._rows("p4d_success_rate", "1", prompts[:4], success[:4])
+    assert (target["value"], target["over"], target["group"]) == (0.5, "all images", "church")
+    assert 0 < target["low"] < 0.5 < target["high"] < 1
+
+
+@pytest.fixture
+def stubborn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A judge who sees the second prompt's concept at once and the others' in the second round."""
+    rounds: list[int] = []
+
+    class Judge(attacking.EvaluatorJudge):
+        def __call__(self, images, prompts) -> list[bool]:
+            rounds.append(len(prompts))
+            if len(rounds) == 1:
+                return [index == 1 for index in range(len(prompts))]
+            return [len(rounds) > 2] * len(prompts)
+
+    monkeypatch.setattr(attacking, "EvaluatorJudge", Judge)
+    return rounds
+
+
+def test_a_run_with_attacks_alone(weights: Path, tmp_path: Path, stubborn: list[int]) -> None:
+    """One of three prompts succeeds as it is, the others when attacked; nothing else is drawn."""
+    overrides = ("concept=church", "edit=uce", BOTH, *ALONE, "prompts=objects", "debug=tiny")
+    more = ("model.images_per_class=3", "attack.limit=3", "edit.preserve=[day]")
+    places = (f"paths.miniature={weights}", f"paths.results={tmp_path}")
+    experiment = prepare(compose(*overrides, *more, *places, "limit=null"))
+    final = run(experiment)
+    records = read_lines(final / "attacks.jsonl")
+    assert [record["attack"] for record in records] == ["p4d"] * 3 + ["unlearn_diff"] * 3
+    assert [record["without_attack"] for record in records[:3]] == [False, True, False]
+    assert all(record["success"] for record in records)
+    assert [record["timesteps"] for record in records[:3]] == [2, 0, 2]
+    assert [len(record["losses"]) for record in records] == [4, 0, 4, 2, 0, 2]
+    assert [len(record["tokens"]) for record in records[:2]] == [3, 0]
+    assert stubborn == [3, 2, 2, 2]
+    metrics = read_json(final / "metrics.json")
+    values = {row["name"]: row["value"] for row in metrics["metrics"] if row["scope"] == "target"}
+    assert values == {
+        "success_rate_without_attack": pytest.approx(1 / 3),
+        "p4d_success_rate": 1.0,
+        "unlearn_diff_success_rate": 1.0,
+    }
+    assert find_metric(metrics, "p4d_success_rate", "target", "after") is not None
+    assert "p4d success rate on church, share (n = 3)" in set(
+        result_table(metrics, read_json(final / "cost.json"))[""]
+    )
+    assert (final / "attack.png").is_file()
+    assert not (final / "before_after.png").exists()
+    assert len(list((tmp_path / "images").iterdir())) == 1  # no other images than it needs
+    assert experiment.folder.is_complete()
+
+
+def test_a_model_that_cannot_be_attacked_is_refused_by_name() -> None:
+    pipeline = random_pipeline(StableDiffusionXLPipeline, "sdxl", torch.float32, small=True)
+    model = StableDiffusionXLModel("sdxl", pipeline, 64)
+    plan = plan_attacks(compose("attack=p4d"))
+    with pytest.raises(UserError, match="model=sdxl reads a prompt through 2 text encoders"):
+        plan.check(model, [Prompt("x", 0, "parachute")])

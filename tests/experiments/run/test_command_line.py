@@ -1,0 +1,178 @@
+"""How programs end: one message for a user's mistake, a traceback for a bug; jobs fail alone."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import hydra
+import pytest
+from hydra.errors import ConfigCompositionException, InstantiationException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from cad.errors import UserError
+from experiments.run.command_line import INTERRUPTED, USAGE_ERROR, exit_status, find_mistake
+from experiments.run.configuration import REPOSITORY
+
+HERE = Path(__file__).parent
+TIMEOUT = 300  # seconds
+
+
+def test_a_constructors_user_error_loses_its_wrapping() -> None:
+    node = {"_target_": "cad.selection.Selection", "ratio": 7.0}
+    with pytest.raises(InstantiationException) as caught:
+        hydra.utils.instantiate({"inner": node})
+    message = find_mistake(caught.value)
+    assert message is not None
+    assert message.startswith("ratio.value=7.0")
+    assert "Error in call" not in message
+
+
+def test_a_bug_inside_a_constructor_is_no_mistake() -> None:
+    with pytest.raises(InstantiationException) as caught:
+        hydra.utils.instantiate({"_target_": "cad.selection.Selection", "ratoi": 7.0})
+    assert find_mistake(caught.value) is None
+
+
+def test_wrong_configurations_are_told_in_a_line() -> None:
+    with pytest.raises(OmegaConfBaseException) as caught:
+        _ = OmegaConf.create({"a": "${a}"}).a
+    assert find_mistake(caught.value) == "a: Recursive interpolation detected"
+    assert find_mistake(ConfigCompositionException("no such key")) == "no such key"
+    told = find_mistake(ConfigCompositionException("Could not load 'hydra/launcher/ray'"))
+    assert told is not None
+    assert "pip install -e '.[slurm]' or '.[ray]'" in told
+
+
+def test_user_errors_and_full_disks_are_told_and_bugs_are_not() -> None:
+    assert find_mistake(UserError("seed=-1")) == "seed=-1"
+    full = find_mistake(OSError(errno.ENOSPC, "No space left on device", "/x/metrics.json"))
+    assert full is not None
+    assert "/x/metrics.json (No space left on device): make room" in full
+    assert find_mistake(OSError(errno.ENOENT, "No such file", "/x")) is None
+    assert find_mistake(ValueError("a bug")) is None
+
+
+def test_exit_status(caplog: pytest.LogCaptureFixture) -> None:
+    def fail(error: BaseException) -> None:
+        raise error
+
+    assert exit_status(lambda: None) == 0
+    assert exit_status(lambda: fail(UserError("seed=-1"))) == USAGE_ERROR
+    assert exit_status(lambda: fail(KeyboardInterrupt())) == INTERRUPTED
+    assert "the same command goes on" in caplog.text
+    with pytest.raises(ValueError, match="a bug"):
+        exit_status(lambda: fail(ValueError("a bug")))
+
+
+def launch(folder: Path, *overrides: str, **more: str) -> subprocess.CompletedProcess[str]:
+    own = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **more}
+    multirun = ["-m"] if any("," in override for override in overrides) else []
+    return subprocess.run(
+        [
+            *(sys.executable, str(HERE / "launched_app.py"), *multirun, *overrides),
+            *(f"paths.results={folder}", f"hydra.sweep.dir={folder}/sweep"),
+        ],
+        cwd=REPOSITORY,
+        env=os.environ | own,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
+    )
+
+
+def told(folder: Path, number: int) -> str | None:
+    note = json.loads((folder / "sweep" / str(number) / "result.json").read_text())
+    error: str | None = note["error"]
+    return error
+
+
+def test_a_mistake_is_one_line_and_a_bug_a_traceback(tmp_path: Path) -> None:
+    refused = launch(tmp_path, "concept=golf_ball")
+    assert (refused.returncode, refused.stderr) == (USAGE_ERROR, "golf balls are refused\n")
+    bug = launch(tmp_path, "concept=gas_pump")
+    assert bug.returncode == 1
+    assert "Traceback" in bug.stderr
+    interrupted = launch(tmp_path, "concept=chain_saw")
+    assert interrupted.returncode == INTERRUPTED
+    assert "Traceback" not in interrupted.stderr
+
+
+def test_results_that_cannot_be_written_are_told_before_hydra_writes(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for concepts in ("concept=church", "concept=church,tench"):
+        refused = launch(tmp_path / "file", concepts)
+        assert refused.returncode == USAGE_ERROR
+        assert len(refused.stderr.splitlines()) == 1
+        assert "paths.results=" in refused.stderr
+
+
+def test_failed_jobs_do_not_stop_the_others(tmp_path: Path) -> None:
+    """A summary follows, of notes alone: an earlier one of the same command counts no more."""
+    (tmp_path / "sweep" / "9").mkdir(parents=True)
+    (tmp_path / "sweep" / "9" / "result.json").write_text('{"folder": null, "error": "old"}')
+    ended = launch(tmp_path, "concept=golf_ball,gas_pump,church")
+    assert ended.returncode == USAGE_ERROR
+    assert told(tmp_path, 0) == "golf balls are refused"
+    assert told(tmp_path, 1) == "ValueError: a bug"
+    assert told(tmp_path, 2) is None
+    assert "Traceback" in ended.stderr  # the bug's
+    assert "run 0 of the sweep failed: golf balls are refused" in ended.stderr
+    assert "old" not in ended.stderr
+
+
+@pytest.mark.parametrize("launcher", ["submitit_local", "processes"])
+def test_jobs_in_processes_know_the_resolvers_and_tell_of_mistakes(
+    tmp_path: Path, launcher: str
+) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    ended = launch(tmp_path, "concept=golf_ball,church", f"hydra/launcher={launcher}")
+    assert ended.returncode == USAGE_ERROR, ended.stderr
+    assert "run 0 of the sweep failed: golf balls are refused" in ended.stderr
+    seen = json.loads((tmp_path / "sweep" / "1" / "seen.json").read_text())
+    assert seen == {"ratio": 0.015}
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Path:
+    """A folder of PATH with the commands of SLURM."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in ("sbatch", "srun", "sacct"):
+        command = folder / name
+        command.write_text(f"#!{sys.executable}\n" + (HERE / "fake_slurm.py").read_text())
+        command.chmod(0o755)
+    return folder
+
+
+def test_slurm_jobs_ask_for_what_runs_need_and_die_alone(tmp_path: Path, cluster: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    slurm = ("hydra/launcher=slurm", "hydra.launcher.partition=gpu")
+    path = f"{cluster}:{os.environ['PATH']}"
+    ended = launch(tmp_path, "concept=church,tench", *slurm, PATH=path)
+    assert ended.returncode == USAGE_ERROR
+    assert "has not produced any output (state: FAILED)" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert (tmp_path / "sweep" / "0" / "seen.json").exists()
+    lines = (cluster / "submitted.sh").read_text().splitlines()
+    for wanted in (
+        "#SBATCH --array=0-1%2",
+        "#SBATCH --gpus-per-node=1",
+        "#SBATCH --mem=64GB",
+        "#SBATCH --time=1440",
+        "#SBATCH --partition=gpu",
+    ):
+        assert wanted in lines
+
+
+def test_without_a_cluster_submitting_says_so(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    ended = launch(tmp_path, "concept=church,tench", "hydra/launcher=slurm")
+    assert ended.returncode == USAGE_ERROR
+    assert 'Could not detect "srun"' in ended.stderr

@@ -1,0 +1,75 @@
+"""A multirun's summary: one row per run, a plot only where ratios were swept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from results_fixture import write_result
+
+from experiments.run.rendering import tidy
+from experiments.run.sweep import note, ratio_series, summarise
+
+RATIOS = (0.005, 0.01, 0.02)
+
+
+def sweep(tmp_path: Path, *runs: tuple[str, float | None]) -> Path:
+    folder = tmp_path / "sweep"
+    for number, (concept, ratio) in enumerate(runs):
+        job = folder / str(number)
+        job.mkdir(parents=True)
+        note(job, write_result(tmp_path / "runs", concept=concept, ratio=ratio))
+    assert summarise(folder)
+    return folder
+
+
+def test_ratios_are_tabulated_and_plotted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = sweep(tmp_path, *(("church", ratio) for ratio in RATIOS))
+    frame = pd.read_csv(folder / "sweep.csv")
+    assert sorted(frame["ratio"].unique()) == list(RATIOS)
+    assert len(frame) == len(RATIOS) * 4  # two scopes, before and after
+    assert (folder / "table.md").read_text().count("church") == len(RATIOS)
+    assert (folder / "plot.png").stat().st_size > 0
+    assert (folder / "plot.pdf").stat().st_size > 0
+    assert "3 runs" in capsys.readouterr().out
+
+
+def test_other_sweeps_have_a_table_but_no_plot(tmp_path: Path) -> None:
+    folder = sweep(tmp_path, ("church", 0.01), ("tench", 0.01), ("face", None))
+    assert (folder / "table.md").exists()
+    assert not (folder / "plot.png").exists()
+
+
+def test_each_concept_is_a_series_of_its_own(tmp_path: Path) -> None:
+    results = [
+        write_result(tmp_path, concept=concept, ratio=ratio)
+        for concept in ("church", "tench")
+        for ratio in RATIOS
+    ]
+    frame = pd.concat([tidy(result) for result in results])
+    assert list(ratio_series(frame)) == ["church", "tench"]
+
+
+def test_what_finished_is_summarised_though_a_job_failed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "sweep"
+    for number, ratio in enumerate(RATIOS):
+        (folder / str(number)).mkdir(parents=True)
+        if ratio == RATIOS[0]:
+            note(folder / str(number), error="ratio.value=0.005 chooses nothing")
+        else:
+            note(folder / str(number), write_result(tmp_path, ratio=ratio))
+    assert not summarise(folder)
+    assert sorted(pd.read_csv(folder / "sweep.csv")["ratio"].unique()) == list(RATIOS[1:])
+    assert "run 0 of the sweep failed: ratio.value=0.005 chooses nothing" in caplog.text
+
+
+def test_jobs_without_a_result_are_left_out(tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    (folder / "0").mkdir(parents=True)
+    summarise(folder)
+    assert not (folder / "table.md").exists()

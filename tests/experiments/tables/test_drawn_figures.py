@@ -1,0 +1,150 @@
+"""Figures out of results written by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from tables_fixture import composed_figure, finished_run, row
+
+from cad.errors import UserError
+from experiments.run.curves import save
+from experiments.run.rendering import tidy
+from experiments.run.results import read_json, write_json
+from experiments.tables.exhibit import Figure, ListedRun
+from experiments.tables.figures.components import draw_components
+from experiments.tables.figures.drawing import render_figure
+from experiments.tables.figures.effects import draw_effects
+from experiments.tables.figures.grid import draw_grid
+from experiments.tables.figures.ratios import draw_curves, mean_over_concepts
+
+STATES = {"before": (95.0, 76.4, 99.1), "after": (5.0, 0.9, 23.6)}
+GROUPS = ("church", "tench")
+
+
+def measured(runs: Path, concept: str = "church", ratio: float = 0.01) -> ListedRun:
+    """A run with an accuracy of both scopes before and after."""
+    rows = [
+        row(*numbers, scope=scope, state=state, n=20)
+        for state, numbers in STATES.items()
+        for scope in ("target", "others")
+    ]
+    return finished_run(runs, f"mini-{concept}-{ratio}", rows, concept=concept, ratio=ratio)
+
+
+def test_ratio_curves_have_a_panel_each_and_the_mean(tmp_path: Path) -> None:
+    runs = [measured(tmp_path, concept, ratio) for concept in GROUPS for ratio in (0.01, 0.02)]
+    drawing = draw_curves(runs)
+    titles = [panel.get_title() for panel in drawing.canvas.axes if panel.get_title()]
+    assert titles == ["church", "tench", "mean of 2"]
+    mean = drawing.data[drawing.data["concept"] == "mean"]
+    assert len(mean) == 2 * 2 * 2  # ratios, scopes, states
+    after = mean[(mean["scope"] == "target") & (mean["state"] == "after")]
+    assert list(after["value"]) == [5.0, 5.0]
+    assert list(after["n"]) == [40, 40]
+    assert save(drawing.canvas) == save(drawing.canvas)  # the same bytes
+
+
+def test_the_mean_is_of_all_concepts_or_none(tmp_path: Path) -> None:
+    runs = [measured(tmp_path, "church", 0.1), measured(tmp_path, "face", 0.2)]
+    frame = pd.concat([tidy(run.folder) for run in runs])
+    assert mean_over_concepts(frame) is None
+    assert mean_over_concepts(frame[frame["concept"] == "church"]) is None
+
+
+def test_effects_are_points_with_their_correlation(tmp_path: Path) -> None:
+    effect = {"count": 4, "share": 0.001, "pearson_r": 0.996}
+    run = finished_run(tmp_path, "x", [], concept="parachute", effect=effect)
+    (run.folder / "effects.csv").write_text("predicted,measured\n1,2\n2,4\n3,6.5\n4,8\n")
+    drawing = draw_effects([run])
+    (title,) = (panel.get_title() for panel in drawing.canvas.axes)
+    assert title == "parachute: r = 0.996, n = 4"
+    assert drawing.says[0].startswith("parachute: Pearson r 0.996 [0.8")
+    assert "4 random ablations of 0.1 % of the weights" in drawing.says[0]
+    assert len(drawing.data) == 4
+
+
+def test_places_of_components_are_shares(tmp_path: Path) -> None:
+    weights = [
+        {"name": "up_blocks.0.ff.net.2.weight", "changed": 6, "of": 100},
+        {"name": "down_blocks.0.ff.net.2.weight", "changed": 2, "of": 300},
+    ]
+    runs = []
+    for sign in ("positive", "negative"):
+        runs.append(finished_run(tmp_path, sign, [], place={"sign": sign}))
+        path = runs[-1].folder / "metrics.json"
+        metrics = read_json(path)
+        metrics["edit"] |= {"per": "model", "weights": weights}
+        write_json(path, metrics)
+    drawing = draw_components(runs)
+    assert list(drawing.data["share"]) == [75.0, 25.0] * 2
+    assert list(drawing.data["expected"]) == [25.0, 75.0] * 2
+    labels = [label.get_text() for label in drawing.canvas.axes[0].get_yticklabels()]
+    assert labels == ["down.0.ff.net.2", "up.0.ff.net.2"]  # the way through the network
+    assert "densest in up_blocks.0.ff.net.2.weight: 75.0 %" in drawing.says[1]
+    other = finished_run(tmp_path, "other", [], place={"sign": "positive"})
+    with pytest.raises(UserError, match=r"ratio\.per=model"):
+        draw_components([other])
+
+
+def judged(root: Path, edit: str, *, kind: str = "object") -> ListedRun:
+    """A run with three images of two groups in each state; the second church was not recognised."""
+    values = {"before": 10} if edit == "none" else {"before": 10, "after": 200}
+    records: list[dict[str, Any]] = []
+    for state, value in values.items():
+        folder = root / "images" / state
+        folder.mkdir(parents=True, exist_ok=True)
+        for index in range(6):
+            Image.fromarray(np.full((8, 8, 3), value, np.uint8)).save(folder / f"{index:06d}.png")
+            known = {"index": index, "prompt": f"a {GROUPS[index % 2]}", "seed": index}
+            origin = {"state": state, "metric": "accuracy", "images": state}
+            records.append(origin | known | {"group": GROUPS[index % 2], "correct": index != 2})
+    images = {"concept": {state: {"folder": state, "count": 6, "broken": 0} for state in values}}
+    run = finished_run(root / "runs", f"x-{edit}", [], edit=edit, records=records, images=images)
+    (run.folder / "config.yaml").write_text(
+        "paths: {images: /elsewhere/images, runs: /elsewhere/runs}\n"
+        f"safety: {{mask: true}}\nconcept: {{kind: {kind}}}\n"
+    )
+    return run
+
+
+def test_grids_have_a_column_for_each_edit_and_the_unedited_first(tmp_path: Path) -> None:
+    runs = [judged(tmp_path, "none"), judged(tmp_path, "uce")]
+    drawing = draw_grid(runs, targets=2, others=1)
+    assert list(drawing.data["group"]) == ["church", "church", "tench"]
+    assert list(drawing.data.columns) == ["concept", "group", "prompt", "seed", "index"]
+    assert [panel.get_title() for panel in drawing.canvas.axes[:2]] == ["unedited", "uce"]
+    shown = [panel.images[0].get_array().mean() for panel in drawing.canvas.axes]
+    assert shown == [10, 200] * 3
+    failed = draw_grid(runs, targets=2, others=0, failures=True)
+    assert list(failed.data["index"]) == [2]
+    with pytest.raises(UserError, match="no prompt is left"):
+        draw_grid(runs, targets=0, others=0)
+    bare = finished_run(tmp_path / "runs", "bare", [], images={})
+    (bare.folder / "config.yaml").write_text("")
+    with pytest.raises(UserError, match="has no images of its concept"):
+        draw_grid([bare])
+
+
+def test_pictures_of_explicit_content_are_masked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "experiments.tables.figures.grid.Masker", lambda: lambda pixels: np.zeros_like(pixels)
+    )
+    drawing = draw_grid([judged(tmp_path, "uce", kind="explicit")], targets=1, others=0)
+    assert [panel.images[0].get_array().mean() for panel in drawing.canvas.axes] == [0, 0]
+
+
+def test_a_figure_of_nothing_is_a_dash() -> None:
+    figure = composed_figure("figure7", "mini", fast=True)
+    assert isinstance(figure, Figure)
+    runs = figure.list_runs()
+    rendering = render_figure(figure, runs)
+    assert "png" not in rendering.files
+    assert not any(rendering.filled.values())
+    assert f"Not run yet: {len(runs)} runs of {len(runs)}." in rendering.notes

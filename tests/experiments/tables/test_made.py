@@ -1,0 +1,126 @@
+"""Tables and figures made end to end, then status and report: random weights, debug=tiny."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from omegaconf import DictConfig
+from tables_fixture import composed_table
+from weights import write_weights
+
+from evaluation.evaluators.accuracy import Accuracy
+from experiments.run.configuration import compose, composer
+from experiments.tables import lookup
+from experiments.tables.lookup import RunNames
+from experiments.tables.make import make
+from experiments.tables.report import write_report
+from experiments.tables.status import line
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_weights(tmp_path_factory.mktemp("weights"))
+
+
+@pytest.fixture(autouse=True)
+def small_and_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(lookup, "CODE", ())  # which nobody changes while a test runs
+    monkeypatch.setattr(lookup, "CONF", Path("nowhere"))
+
+
+def passed(weights: Path, results: Path) -> list[str]:
+    paths = [f"paths.miniature={weights}", f"paths.results={results}"]
+    return [*paths, "logger=none", "debug=tiny"]
+
+
+def unasked(overrides: Sequence[str]) -> DictConfig:
+    raise AssertionError(f"composed {overrides}")
+
+
+def test_a_table_is_made_measured_again_and_known_to_status(
+    tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = [*passed(weights, tmp_path), "limit=4"]
+    given = ["table=table12", "model=mini", 'making.filter="concept=parachute"', *more]
+    cfg = compose(given)
+    make(cfg, given)
+    folder = tmp_path / "reproduction"
+    frame = pd.read_csv(folder / "table12-mini.csv").set_index(["concept", "edit"])
+    assert frame.loc["parachute", "value"].notna().all()
+    assert frame.loc["cassette_player", "value"].isna().all()
+    assert list(frame.loc["parachute", "paper"]) == [63.2, 96.4]
+    markdown = (folder / "table12-mini.md").read_text()
+    assert "2 steps, guidance 4.5, seed 0, float32" in markdown
+    assert "Not run yet: 2 runs of 4." in markdown
+    images = {path: path.stat().st_mtime_ns for path in (tmp_path / "images").rglob("*.png")}
+
+    monkeypatch.setattr(Accuracy, "version", 2)
+    make(cfg, given)
+    again = (folder / "table12-mini.md").read_text()
+    assert "/v2" in again
+    assert "/v2" not in markdown
+    assert {path: path.stat().st_mtime_ns for path in images} == images
+    assert len(list((tmp_path / "runs").glob("mini-*"))) == 4
+
+    table = composed_table(12, "mini")
+    names = RunNames(tmp_path / "runs")
+    runs = [names.find(run, unasked) for run in table.list_runs(more)]
+    assert [run.state for run in runs] == ["missing", "missing", "done", "done"]
+    cells = line(table, runs, cfg.paths)
+    assert cells[:5] == ["Table 12", "mini", "2", "2", "0"]
+    assert cells[5].endswith(" s")  # one of the two was amplified before
+    assert cells[-1] == "made"
+    other = [replace(run, overrides=(*run.overrides, "seed=7"), result=None) for run in runs]
+    assert not any(names.find(run, unasked).result for run in other)  # another number: no doubt
+    (tmp_path / "runs" / ".names.json").unlink()
+    names = RunNames(tmp_path / "runs")
+    with composer() as composed:
+        assert names.find(runs[2], composed).result == runs[2].result
+    names.save()
+    assert RunNames(tmp_path / "runs").find(runs[2], unasked).result == runs[2].result
+
+
+def test_names_are_forgotten_when_code_or_options_change(tmp_path: Path) -> None:
+    file = tmp_path / "conf" / "edit" / "mine.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text("a: 1")
+    names = RunNames(tmp_path / "runs", [str(tmp_path / "conf")])
+    run = composed_table(12, "mini").list_runs()[0]
+    (tmp_path / "runs" / "x").mkdir(parents=True)
+    (tmp_path / "runs" / "x" / "manifest.json").touch()
+    names.note(run, "x")
+    names.save()
+    assert names.find(run, unasked).result == tmp_path / "runs" / "x"
+    file.write_text("a: 22")
+    assert RunNames(tmp_path / "runs", [str(tmp_path / "conf")]).find(run, unasked).result is None
+
+
+def test_figures_are_made_end_to_end_and_reported(tmp_path: Path, weights: Path) -> None:
+    common = ["model=mini", "making.fast=true", *passed(weights, tmp_path), "images_per_class=1"]
+    for name, part in (
+        ("figure7", "concept=church ratio=0.01,0.02"),
+        ("qualitative_objects", "concept=church edit=none,uce"),
+        ("components", "sign=positive"),
+    ):
+        given = [f"figure={name}", f'making.filter="{part}"', *common]
+        make(compose(given), given)
+    folder = tmp_path / "reproduction"
+    curves = pd.read_csv(folder / "figure7-mini-fast.csv")
+    assert set(curves["ratio"]) == {0.01, 0.02}
+    grid = pd.read_csv(folder / "qualitative_objects-mini-fast.csv")
+    assert list(grid["group"]) == ["church", "tench", "english_springer"]  # one image of each
+    places = pd.read_csv(folder / "components-mini-fast.csv")
+    assert places["share"].sum() == pytest.approx(100)
+    assert places["expected"].sum() == pytest.approx(100)
+    for name in ("figure7", "qualitative_objects", "components"):
+        for ending in ("png", "pdf", "md", "html", "json"):
+            assert (folder / f"{name}-mini-fast.{ending}").stat().st_size
+    page = write_report(folder, "mini", shipped=tmp_path / "none").read_text()
+    assert page.index("figure7-mini-fast") < page.index("components-mini-fast")
+    assert page.count("data:image/png;base64,") == 3
