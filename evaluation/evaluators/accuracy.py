@@ -77,7 +77,7 @@ class Accuracy(Evaluator):
 
     classifier: Classifier
 
-    @property
+    @cached_property
     def instrument(self) -> str:
         return self.classifier.label
 

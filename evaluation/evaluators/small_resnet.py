@@ -161,7 +161,7 @@ class ClassifierFolder(Instrument):
     folder: str
     device: str = immaterial()
 
-    @property
+    @cached_property
     def label(self) -> str:
         folder = Path(self.folder)
         return label_of(ARCHITECTURE, folder / CONFIG_FILE, folder / WEIGHTS_FILE)
