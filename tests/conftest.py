@@ -97,6 +97,13 @@ def tiny_pipeline() -> StableDiffusionPipeline:
 
 
 @pytest.fixture
+def folder(tiny_pipeline: StableDiffusionPipeline, tmp_path: Path) -> Path:
+    """The tiny pipeline, saved: a test may damage it."""
+    tiny_pipeline.save_pretrained(tmp_path / "pipeline")
+    return tmp_path / "pipeline"
+
+
+@pytest.fixture
 def tiny_model(tiny_pipeline: StableDiffusionPipeline) -> StableDiffusionModel:
     """An adapter over a copy of the tiny pipeline: a test may do with it what it likes."""
     pipeline = StableDiffusionPipeline(

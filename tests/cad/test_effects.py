@@ -39,13 +39,6 @@ def test_exact_on_a_linear_model(parachute, factor, chosen):
     assert predicted != 0.0
 
 
-def test_removing_everything_loses_all_of_a_linear_objective(parachute):
-    model, objective = LinearToyModel(), LinearObjective(parachute)
-    recorded = RecordedObjective(model, objective, SETTINGS)
-    scores = SETTINGS.scores(model, objective)
-    assert float(scores["weight"].sum()) == recorded.unedited
-
-
 def test_predictions_correlate_on_a_network(tiny_model, parachute):
     before = parameter_digest(tiny_model.denoiser)
     effects = effect_correlation(
@@ -87,19 +80,6 @@ def test_random_components_are_distinct_and_uniform_over_all_weights():
     assert counts["a"] / 2000 == pytest.approx(100 / 401, abs=0.04)
     everything = random_components(weights, 401, generator)
     assert torch.equal(everything["b"], torch.arange(300))
-
-
-@pytest.mark.parametrize(
-    ("x", "y", "r"),
-    [
-        ([1.0, 2.0, 3.0], [2.0, 4.0, 6.0], 1.0),
-        ([1.0, 2.0, 3.0], [3.0, 2.0, 1.0], -1.0),
-        ([1.0, 2.0, 3.0, 4.0], [1.0, -1.0, -1.0, 1.0], 0.0),
-        ([1.0, 2.0, 3.0], [1.0, 2.0, 2.0], 3**0.5 / 2),
-    ],
-)
-def test_pearson_r_by_hand(x, y, r):
-    assert pearson_r(np.array(x), np.array(y)) == pytest.approx(r, abs=1e-12)
 
 
 def test_a_constant_has_no_pearson_r():

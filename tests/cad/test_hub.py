@@ -17,7 +17,7 @@ from huggingface_hub.utils import filter_repo_objects
 from cad.errors import UserError
 from cad.models import hub
 from cad.models.base import Origin
-from cad.models.hub import Located, Source, pipeline_parts
+from cad.models.hub import Located, Source
 
 REPO, COMMIT = "someone/some-model", "0" * 40
 PARTS = ("scheduler", "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer")
@@ -36,13 +36,9 @@ XL_REST = """
     .gitattributes 01.png README.md sd_xl_base_1.0.safetensors
     sd_xl_offset_example-lora_1.0.safetensors
     text_encoder/flax_model.msgpack text_encoder/model.onnx text_encoder/model.safetensors
-    text_encoder_2/model.onnx_data text_encoder_2/model.safetensors
-    text_encoder_2/openvino_model.bin text_encoder_2/openvino_model.xml
-    unet/diffusion_flax_model.msgpack unet/diffusion_pytorch_model.safetensors unet/model.onnx
-    vae/diffusion_pytorch_model.safetensors
+    text_encoder_2/model.onnx_data text_encoder_2/openvino_model.bin
+    unet/diffusion_pytorch_model.safetensors vae_decoder/model.onnx
     vae_1_0/config.json vae_1_0/diffusion_pytorch_model.fp16.safetensors
-    vae_1_0/diffusion_pytorch_model.safetensors vae_decoder/model.onnx
-    vae_encoder/openvino_model.bin
 """
 T5 = ("text_encoder_3", "tokenizer_3")
 T5_CONFIGURATION = """
@@ -357,10 +353,3 @@ def test_digests_of_cached_files_are_the_names_of_their_blobs(tmp_path):
         "snapshots/model.safetensors": sha256,
         "snapshots/copied.safetensors": hashlib.sha256(b"weights").hexdigest(),
     }
-
-
-def test_an_index_that_does_not_read_is_no_index(tmp_path):
-    assert pipeline_parts(tmp_path) is None
-    for text in ("{", "[]", "null"):
-        (tmp_path / hub.INDEX).write_text(text)
-        assert pipeline_parts(tmp_path) is None

@@ -8,7 +8,7 @@ import socket
 
 import pytest
 import torch
-from conftest import WIDTH, build_text_encoder, build_tokenizer
+from conftest import WIDTH
 from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 
@@ -55,12 +55,6 @@ def no_network(monkeypatch):
         raise AssertionError("the network was asked")
 
     monkeypatch.setattr(socket.socket, "connect", asked)
-
-
-@pytest.fixture
-def folder(tiny_pipeline, tmp_path):
-    tiny_pipeline.save_pretrained(tmp_path / "pipeline")
-    return tmp_path / "pipeline"
 
 
 @pytest.fixture
@@ -159,12 +153,15 @@ def test_parts_are_left_out(xl, tmp_path):
         load_pipeline(StableDiffusionXLPipeline, located, None, FLOAT)
 
 
-@pytest.mark.parametrize("part", ["unet", "text_encoder"])
-def test_damaged_weights_are_refused(folder, part):
-    file = next((folder / part).glob("*.safetensors"))
+@pytest.mark.parametrize(
+    "damaged", ["*/unet/*.safetensors", "*/text_encoder/*.safetensors", "*/unet/*.json", "*.saf*"]
+)
+def test_damaged_files_are_refused(folder, checkpoint, damaged):
+    (file,) = folder.parent.glob(damaged)
     file.write_bytes(file.read_bytes()[:-100])
+    paths = (checkpoint, folder) if file == checkpoint else (folder, None)
     with pytest.raises(UserError, match="does not load"):
-        load_pipeline(StableDiffusionPipeline, Located(folder, None, None), None, FLOAT)
+        load_pipeline(StableDiffusionPipeline, Located(*paths, None), None, FLOAT)
 
 
 def test_a_checkpoint_equals_the_pipeline_that_was_converted(tiny_pipeline, folder, checkpoint):
@@ -217,32 +214,11 @@ def test_weights_of_another_architecture_are_refused(folder, checkpoint, part, k
             load_pipeline(StableDiffusionPipeline, Located(path, configurations, None), None, FLOAT)
 
 
-def test_a_checkpoint_that_is_no_safetensors_file_is_refused(folder, checkpoint):
-    checkpoint.write_bytes(b"no safetensors")
-    with pytest.raises(UserError, match="does not load"):
-        load_pipeline(StableDiffusionPipeline, Located(checkpoint, folder, None), None, FLOAT)
-
-
-def test_a_checkpoint_without_text_encoders_is_refused(folder, checkpoint):
+def test_a_checkpoint_without_text_encoders_is_refused(flow, tmp_path):
     """As SD-3.5's, which is its transformer and its image autoencoder alone."""
-    index = {
-        "_class_name": "StableDiffusion3Pipeline",
-        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
-        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-        "text_encoder_3": [None, None],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "tokenizer_2": ["transformers", "CLIPTokenizer"],
-        "tokenizer_3": [None, None],
-        "transformer": ["diffusers", "SD3Transformer2DModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
-    (folder / "model_index.json").write_text(json.dumps(index))
-    (folder / "scheduler" / "scheduler_config.json").write_text(
-        json.dumps({"_class_name": "FlowMatchEulerDiscreteScheduler"})
-    )
-    build_text_encoder(build_tokenizer()).save_pretrained(folder / "text_encoder_2")
+    flow.pipeline.save_pretrained(tmp_path)
+    checkpoint = tmp_path / "original.safetensors"
     save_file({"model.diffusion_model.x_embedder.proj.bias": torch.zeros(4)}, checkpoint)
-    located = Located(checkpoint, folder, None, (checkpoint,))
+    located = Located(checkpoint, tmp_path, None, (checkpoint,))
     with pytest.raises(UserError, match=r"CLIPTextModelWithProjection.*with text encoders"):
         load_pipeline(StableDiffusion3Pipeline, located, None, FLOAT)

@@ -21,12 +21,6 @@ def pretrained(path=None, **changes):
     return conftest.pretrained(StableDiffusionModel, path, **{"dtype": "auto"} | changes)
 
 
-@pytest.fixture
-def folder(tiny_pipeline, tmp_path):
-    tiny_pipeline.save_pretrained(tmp_path / "pipeline")
-    return tmp_path / "pipeline"
-
-
 def test_it_loads_the_model_in_any_process(folder, tiny_model):
     one = pretrained(folder)
     sent = pickle.loads(pickle.dumps(one))
@@ -79,11 +73,12 @@ def test_a_checkpoint_s_identity_has_the_repository_of_its_configurations(tmp_pa
 def test_a_folder_that_is_no_pipeline_is_refused_before_it_is_read(tmp_path, monkeypatch):
     (tmp_path / "photographs").mkdir()
     (tmp_path / "index").mkdir()
-    (tmp_path / "index" / hub.INDEX).write_text("[]")
     monkeypatch.setattr(hub, "content_digest", lambda path: pytest.fail(f"{path} was read"))
     with pytest.raises(UserError, match=r"photographs does not hold .*model_index\.json missing"):
         pretrained(tmp_path / "photographs").identity()
-    for ask in (pretrained(tmp_path / "index").identity, pretrained(tmp_path / "index").load):
+    damaged = pretrained(tmp_path / "index")
+    for index, ask in (("[]", damaged.identity), ("null", damaged.load), ("{", damaged.load)):
+        (tmp_path / "index" / hub.INDEX).write_text(index)
         with pytest.raises(UserError, match="does not hold a whole"):
             ask()
     with pytest.raises(UserError, match=r"model_index\.json missing"):

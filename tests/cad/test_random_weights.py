@@ -19,7 +19,6 @@ from huggingface_hub import constants
 from omegaconf import OmegaConf
 from torch import nn
 
-from cad.digests import parameter_digest
 from cad.errors import UserError
 from cad.models import hub
 from cad.models.random_weights import (
@@ -44,8 +43,8 @@ def pipeline_class(architecture: str) -> type[Any]:
     return getattr(diffusers, load_architecture(architecture)["pipeline"])
 
 
-def build(architecture: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    return random_pipeline(pipeline_class(architecture), architecture, dtype, small=True, **options)
+def build(architecture: str, dtype: torch.dtype = torch.float32) -> Any:
+    return random_pipeline(pipeline_class(architecture), architecture, dtype, small=True)
 
 
 @pytest.fixture(scope="module", params=["sd14", "sdxl", "sd35_medium"])
@@ -147,23 +146,6 @@ def test_small_pipelines_draw_a_small_image(small):
     assert images.std() > 0.1  # not saturated
 
 
-def test_small_pipelines_are_the_same_after_saving_and_loading(small, tmp_path):
-    architecture, pipeline = small
-    pipeline.save_pretrained(tmp_path)
-    assert sum(file.stat().st_size for file in tmp_path.rglob("*")) < 10e6
-    loaded = pipeline_class(architecture).from_pretrained(tmp_path, local_files_only=True)
-    for part, module in modules(loaded).items():
-        assert parameter_digest(module) == parameter_digest(modules(pipeline)[part]), part
-    for name, tokenizer in pipeline.components.items():
-        if name.startswith("tokenizer"):
-            again = loaded.components[name]
-            assert len(again) == len(tokenizer)
-            for padding in ({}, {"padding": "max_length", "max_length": 77}):
-                text = "A photo in the style of Van Gogh, 1889!"
-                assert again(text, **padding).input_ids == tokenizer(text, **padding).input_ids
-    assert type(loaded.scheduler) is type(pipeline.scheduler)
-
-
 @pytest.mark.parametrize("architecture", ["sdxl", "sd35_medium"])
 def test_building_in_float16_is_loading_in_float16(architecture, tmp_path):
     """Also where a library keeps float32: T5's second feed-forward matrices."""
@@ -171,7 +153,9 @@ def test_building_in_float16_is_loading_in_float16(architecture, tmp_path):
     loaded = pipeline_class(architecture).from_pretrained(
         tmp_path, local_files_only=True, dtype=torch.float16
     )
+    random_state = torch.get_rng_state()
     built = build(architecture, torch.float16)
+    assert torch.equal(random_state, torch.get_rng_state())
     for part, module in modules(built).items():
         expected = modules(loaded)[part].state_dict()
         for name, tensor in module.state_dict().items():
@@ -193,15 +177,6 @@ def test_buffers_hold_what_the_libraries_compute():
     assert shared.weight is own.weight
 
 
-def test_weights_are_the_same_each_time():
-    random_state = torch.get_rng_state()
-    first, same = build("sd14"), build("sd14")
-    assert torch.equal(random_state, torch.get_rng_state())
-    for part, module in modules(first).items():
-        for name, weight in module.named_parameters():
-            assert torch.equal(weight, modules(same)[part].get_parameter(name))
-
-
 def test_weights_have_the_size_that_keeps_activations():
     unet = build("sdxl").unet
     weights = dict(unet.named_parameters())
@@ -215,19 +190,9 @@ def test_weights_have_the_size_that_keeps_activations():
     assert len(set(rows[:, 0].tolist())) == len(rows)
 
 
-def test_parts_can_be_left_out():
-    left_out = ("text_encoder_3", "tokenizer_3")
-    pipeline = build("sd35_medium", without=left_out)
-    assert pipeline.text_encoder_3 is pipeline.tokenizer_3 is None
-    whole = build("sd35_medium")
-    assert torch.equal(pipeline.vae.encoder.conv_in.weight, whole.vae.encoder.conv_in.weight)
-
-
-def test_mistakes_are_explained():
+def test_an_unknown_architecture_is_refused():
     with pytest.raises(UserError, match=r"model.architecture='sd15' is unknown; allowed: sd14, "):
         random_pipeline(diffusers.StableDiffusionPipeline, "sd15", torch.float32)
-    with pytest.raises(UserError, match="sdxl is a StableDiffusionXLPipeline, not a StableDiff"):
-        random_pipeline(diffusers.StableDiffusionPipeline, "sdxl", torch.float32)
 
 
 # The tokenizers

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
+from diffusers import PNDMScheduler
 
 from cad.errors import UserError
 from cad.models.conditioning import Conditioning
 from cad.models.sampler import Sampler
-from cad.sampling import draw_noise, guide, make_generators, sample_latents
+from cad.sampling import draw_noise, make_generators, sample_latents
 
 PROMPTS = ["church", "a parachute"]
 
@@ -76,27 +76,9 @@ def test_eta_none_is_what_the_sampler_can(tiny_model):
     assert torch.equal(steps[0], steps[1])
     assert steps[0].any()
     pndm = Sampler(PNDMScheduler(skip_prk_steps=True), 2, torch.device("cpu"), eta=None)
-    assert torch.isfinite(pndm.step(zeros, pndm.timesteps[0], zeros, None)).all()
-
-
-def test_guidance():
-    u, c = torch.tensor([1.0]), torch.tensor([3.0])
-    assert guide(u, c, 0.0) == 1 and guide(u, c, 1.0) == 3 and guide(u, c, 7.5) == 16  # noqa: PT018
-
-
-@pytest.mark.parametrize(
-    "scheduler",
-    [
-        EulerDiscreteScheduler(),
-        FlowMatchEulerDiscreteScheduler(),
-        PNDMScheduler(skip_prk_steps=True),
-    ],
-)
-def test_schedulers_of_other_families_walk(scheduler):
-    sampler = Sampler(scheduler, 3, torch.device("cpu"))
-    x_t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * sampler.init_sigma
-    for t in sampler.timesteps:
-        x_t = sampler.step(torch.zeros_like(sampler.scale(x_t, t)), t, x_t, make_generators([0, 1]))
+    x_t = torch.ones(1, 4, 8, 8)
+    for t in pndm.timesteps:
+        x_t = pndm.step(torch.zeros_like(pndm.scale(x_t, t)), t, x_t, None)
     assert torch.isfinite(x_t).all()
 
 

@@ -69,19 +69,16 @@ def test_most_weights_that_sd14_can_lose(ratio, most):
     assert sum(8 * d * budget(d) + d * budget(4 * d) for d in widths) == most
 
 
-@pytest.mark.parametrize("ratio", [0.0, -0.1, 1.01, float("nan")])
-def test_ratios_out_of_range_are_refused(ratio):
-    with pytest.raises(UserError, match=r"ratio.value=.*\(0, 1\]"):
-        Selection(ratio)
-
-
-def test_an_unknown_ranking_is_refused():
-    with pytest.raises(UserError, match="allowed: row, layer"):
-        Selection(0.1, "column")
-
-
 def test_a_ratio_that_can_choose_nothing_is_refused():
     weights = {"w": torch.ones(3, 5), "conv": torch.ones(2, 2, 3, 3)}
     Selection(0.06).check(weights)  # a convolution's row has 18 inputs
     with pytest.raises(UserError, match=r"at most 18 components.*ratio.per=layer"):
         Selection(0.05).check(weights)
+
+
+@pytest.mark.parametrize("ratio", [0.0, -0.1, 1.01, float("nan")])
+def test_settings_out_of_range_are_refused(ratio):
+    with pytest.raises(UserError, match=r"ratio.value=.*\(0, 1\]"):
+        Selection(ratio)
+    with pytest.raises(UserError, match="allowed: row, layer"):
+        Selection(0.1, "column")

@@ -116,14 +116,6 @@ def test_round_trip_through_a_file(tiny_model, edit, tmp_path):
     assert [path.name for path in first.parent.iterdir()] == ["edit.safetensors"]
 
 
-def test_an_empty_edit_round_trips(tmp_path, tiny_model):
-    WeightEdit({}).save(tmp_path / "none.safetensors")
-    loaded = WeightEdit.load(tmp_path / "none.safetensors")
-    assert loaded.fingerprint == NO_EDIT
-    with loaded.applied(tiny_model):
-        pass
-
-
 def test_the_fingerprint_is_of_the_changes_alone():
     def fingerprint(change):
         return WeightEdit({"w": change}).fingerprint
@@ -190,22 +182,6 @@ def test_damaged_headers_are_refused(tmp_path, header):
         WeightEdit.load(tmp_path / "edit.safetensors")
 
 
-def test_files_that_are_no_edits_are_refused(tmp_path, edit):
-    path = tmp_path / "edit.safetensors"
-    with pytest.raises(UserError, match="there is no edit"):
-        WeightEdit.load(path)
-    edit.save(path)
-    flipped = path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1])
-    for content, told in (
-        (b"not an edit", "damaged"),
-        (b"", "damaged"),
-        (flipped, "damaged: .*its content hashes to"),
-    ):
-        path.write_bytes(content)
-        with pytest.raises(UserError, match=told):
-            WeightEdit.load(path)
-
-
 @pytest.mark.parametrize(
     ("change", "told"),
     [
@@ -215,6 +191,8 @@ def test_files_that_are_no_edits_are_refused(tmp_path, edit):
     ],
 )
 def test_files_of_impossible_changes_are_refused(tmp_path, change, told):
+    with pytest.raises(UserError, match="there is no edit"):
+        WeightEdit.load(tmp_path / "edit.safetensors")
     WeightEdit({"w": change}).save(tmp_path / "edit.safetensors")
     with pytest.raises(UserError, match=told):
         WeightEdit.load(tmp_path / "edit.safetensors")

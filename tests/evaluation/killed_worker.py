@@ -7,10 +7,10 @@ not). Writes how each process ended.
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,51 +25,26 @@ SETTINGS = SamplerSettings(steps=3, guidance=2.0, kind="default", batch_size=4)
 PROMPTS = build_prompts(ObjectPrompts({"church": "church", "face": "face"}, 11, seed=0))
 
 
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def dying(
-    function: Callable[..., Any],
-    call: int,
-    counts: Callable[..., bool],
-    meanwhile: Callable[..., None],
-) -> Any:
-    """`function`, but call number `call` of those that count runs `meanwhile`, then all ends."""
-    calls = 0
-
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += counts(*args)
-        if calls > call:
-            meanwhile(*args)
-            die()
-        return function(*args, **kwargs)
-
-    return wrapped
-
-
 def arm(point: str) -> None:
-    kind, number = point.split(":")
+    """Let this process end at the point, in place of the call that it names."""
+    moment, number = point.split(":")
     owner, name = {
         "sample": (sampler, "sample_latents"),
         "write": (image_sets, "write_atomically"),
         "record": (image_sets.ImageWriter, "_append"),
-    }[kind]
-    counts, meanwhile = (is_png, write_half) if kind == "write" else (always, always)
-    setattr(owner, name, dying(getattr(owner, name), int(number), counts, meanwhile))
+    }[moment]
+    function, calls = getattr(owner, name), itertools.count()
 
+    def dying(*args: Any, **kwargs: Any) -> Any:
+        counts = moment != "write" or args[0].suffix == ".png"
+        if counts and next(calls) == int(number):
+            if moment == "write":
+                path, data = args
+                path.with_name(f".{path.name}.x.tmp").write_bytes(data[: len(data) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
 
-def always(*_: Any) -> bool:
-    return True
-
-
-def is_png(path: Path, data: bytes) -> bool:
-    return path.suffix == ".png"
-
-
-def write_half(path: Path, data: bytes) -> None:
-    path.with_name(f".{path.name}.x.tmp").write_bytes(data[: len(data) // 2])
+    setattr(owner, name, dying)
 
 
 def main(root: Path, points: list[str]) -> None:

@@ -46,12 +46,37 @@ class BrightestChannel(Classifier):
         return sums / sums.sum(dim=1, keepdim=True)
 
 
-def plain(red: int, green: int, blue: int) -> NDArray[np.uint8]:
-    return np.full((4, 4, 3), (red, green, blue), dtype=np.uint8)
+class StubClip:
+    """Texts point along an axis of their style, tilted by their subject; images by their colour."""
+
+    label = "stub-1"
+    logit_scale = 1.0
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        rows = []
+        for text in texts:
+            style = [float("pop art" in text), float("woodcut" in text)]
+            tilt = 0.5 if "church" in text else -0.5
+            rows.append([*style, float(not any(style)), tilt])
+        return F.normalize(torch.tensor(rows), dim=1)
+
+    def embed_images(self, images: NDArray[np.uint8]) -> Tensor:
+        colours = torch.from_numpy(images.astype(np.float32)).mean(dim=(1, 2))  # (N, 3)
+        return F.normalize(F.pad(colours, (0, 1)), dim=1)
 
 
-def prompt(group: str) -> Prompt:
-    return Prompt(f"an image of a {group}", 0, group)
+STYLES = {"pop_art": "pop art", "woodcut": "woodcut"}
+STYLED = {"church": "church", "apple": "apple"}
+STYLE_ACCURACY = StyleAccuracy(ZeroShotStyles(StubClip(), STYLES, STYLED))
+
+
+def plain(*colours: tuple[int, int, int]) -> NDArray[np.uint8]:
+    """An image of each colour, (N, 4, 4, 3)."""
+    return np.stack([np.full((4, 4, 3), colour, dtype=np.uint8) for colour in colours])
+
+
+def prompts(*groups: str) -> list[Prompt]:
+    return [Prompt(f"an image of a {group}", 7, group) for group in groups]
 
 
 @pytest.fixture
@@ -61,11 +86,9 @@ def folder(metrics: Path, tmp_path: Path) -> Path:
 
 def test_accuracy_by_hand():
     evaluator = Accuracy(BrightestChannel())
-    images = np.stack(
-        [plain(200, 50, 0), plain(0, 150, 50), plain(0, 100, 0), plain(10, 10, 20), plain(9, 1, 0)]
-    )
-    groups = ["tench", "french_horn", "gas_pump", "gas_pump", "Tench"]
-    records = evaluator.score(images, [prompt(group) for group in groups])
+    colours = [(200, 50, 0), (0, 150, 50), (0, 100, 0), (10, 10, 20), (9, 1, 0)]
+    asked = prompts("tench", "french_horn", "gas_pump", "gas_pump", "Tench")
+    records = evaluator.score(plain(*colours), asked)
     assert records[0] == {"predicted": "tench", "probability": 0.8, "correct": True}
     assert records[2] == {"predicted": "french_horn", "probability": 1.0, "correct": False}
     assert [record["correct"] for record in records] == [True, True, False, True, True]
@@ -80,20 +103,21 @@ def test_accuracy_by_hand():
 def test_a_group_that_the_classifier_does_not_know_is_refused_not_scored_zero():
     evaluator = Accuracy(BrightestChannel())
     with pytest.raises(UserError, match=r"pop_art.*tench, french_horn, gas_pump"):
-        evaluator.check([prompt("tench"), prompt("pop_art")])
+        evaluator.check(prompts("tench", "pop_art"))
     with pytest.raises(UserError, match="pop_art"):
-        evaluator.score(plain(1, 2, 3)[None], [prompt("pop_art")])
+        evaluator.score(plain((1, 2, 3)), prompts("pop_art"))
+    with pytest.raises(UserError, match=r"church.*pop_art, woodcut"):
+        STYLE_ACCURACY.check(prompts("church"))
 
 
 def test_records_of_an_image_set_name_their_image(tmp_path):
-    prompts = (Prompt("an image of a tench", 7, "tench"), Prompt("x", 8, "gas_pump"))
-    images = ImageSet(tmp_path, prompts)
-    for index, color in enumerate([(9, 0, 0), (0, 9, 0)]):
-        Image.fromarray(plain(*color)).save(images.path(index))
+    images = ImageSet(tmp_path, tuple(prompts("tench", "gas_pump")))
+    for index, image in enumerate(plain((9, 0, 0), (0, 9, 0))):
+        Image.fromarray(image).save(images.path(index))
     first, second = score_image_set(Accuracy(BrightestChannel()), images)
     asked = {"index": 0, "prompt": "an image of a tench", "seed": 7, "group": "tench"}
     assert first == asked | {"predicted": "tench", "probability": 1.0, "correct": True}
-    assert (second["index"], second["seed"], second["correct"]) == (1, 8, False)
+    assert (second["index"], second["group"], second["correct"]) == (1, "gas_pump", False)
 
 
 def test_classifier_folder_round_trip(folder):
@@ -125,14 +149,10 @@ def test_classifier_normalises_its_input_and_judges_at_its_own_size():
 
 
 def test_folder_classifier_judges_uint8_images(folder):
-    classifier = FolderClassifier(folder, "cpu")
     images = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
-    probabilities = classifier.probabilities(images)
+    probabilities = FolderClassifier(folder, "cpu").probabilities(images)
     expected = load_classifier(folder)(torch.from_numpy(images).permute(0, 3, 1, 2) / 255)
     assert torch.allclose(probabilities, expected.softmax(dim=1), atol=1e-6)
-    before = classifier.label
-    save_classifier(folder, SmallResNet(SUBJECTS, widths=(4, 8), blocks=1))
-    assert FolderClassifier(folder, "cpu").label != before
 
 
 def test_bad_classifier_folders_are_named(folder):
@@ -162,62 +182,23 @@ def test_resnet_knows_the_imagenette_classes_by_name():
     assert {i: accuracy.canonical(categories[i]) for i in indices} == indices
 
 
-STYLES = {"pop_art": "pop art", "woodcut": "woodcut"}
-STYLED = {"church": "church", "apple": "apple"}
-
-
-class StubClip:
-    """Texts point along an axis of their style, tilted by their subject; images by their colour."""
-
-    label = "stub-1"
-    logit_scale = 1.0
-
-    def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        rows = []
-        for text in texts:
-            style = [float("pop art" in text), float("woodcut" in text)]
-            tilt = 0.5 if "church" in text else -0.5
-            rows.append([*style, float(not any(style)), tilt])
-        return F.normalize(torch.tensor(rows), dim=1)
-
-    def embed_images(self, images: NDArray[np.uint8]) -> Tensor:
-        colours = torch.from_numpy(images.astype(np.float32)).mean(dim=(1, 2))  # (N, 3)
-        return F.normalize(F.pad(colours, (0, 1)), dim=1)
-
-
-@pytest.fixture
-def stubbed() -> StyleAccuracy:
-    return StyleAccuracy(ZeroShotStyles(StubClip(), STYLES, STYLED))
-
-
-def test_style_accuracy_by_hand(stubbed):
-    images = np.stack(
-        [np.full((4, 4, 3), colour, np.uint8) for colour in [(9, 0, 0), (0, 9, 1), (0, 1, 9)]]
-    )
-    prompts = [Prompt("x", 0, group) for group in ("pop_art", "pop_art", "woodcut")]
-    records = stubbed.score(images, prompts)
+def test_style_accuracy_by_hand():
+    images = plain((9, 0, 0), (0, 9, 1), (0, 1, 9))
+    records = STYLE_ACCURACY.score(images, prompts("pop_art", "pop_art", "woodcut"))
     assert [record["predicted"] for record in records] == ["pop_art", "woodcut", NO_STYLE]
     # The tilts of the two subjects cancel, so the styles are the axes: cosines 1, 0, 0.
     expected = float(torch.tensor([1.0, 0.0, 0.0]).softmax(dim=0)[0])
     assert records[0]["probability"] == pytest.approx(expected, abs=1e-6)
-    metric = stubbed.aggregate(records)
+    metric = STYLE_ACCURACY.aggregate(records)
     assert (metric.value, metric.n) == (pytest.approx(100 / 3), 3)
 
 
-def test_what_cannot_be_judged_is_refused(stubbed):
-    with pytest.raises(UserError, match=r"church.*pop_art, woodcut"):
-        stubbed.check([Prompt("x", 0, "church")])
-
-
 def test_clip_folder_agrees_with_the_model_called_directly(metrics):
-    clip_folder = metrics / "clip"
-    clip = ClipFolder(clip_folder, "cpu")
-    model = CLIPModel.from_pretrained(clip_folder).eval()
+    clip = ClipFolder(metrics / "clip", "cpu")
+    model = CLIPModel.from_pretrained(metrics / "clip").eval()
     images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
     pixels = (torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - 0.5) / 0.25
-    ids = torch.tensor(
-        [[0] + [28 + 2, 28] + [1] * (MAX_TOKENS - 3)]
-    )  # <start> c</w> a</w> <end>...
+    ids = torch.tensor([[0, 28 + 2, 28] + [1] * (MAX_TOKENS - 3)])  # <start> c</w> a</w> <end>...
     with torch.no_grad():
         output = model(input_ids=ids, pixel_values=pixels)
     assert torch.allclose(clip.embed_images(images), output.image_embeds, atol=1e-6)
@@ -226,16 +207,15 @@ def test_clip_folder_agrees_with_the_model_called_directly(metrics):
 
 
 def test_clip_folder_resizes_and_refuses(metrics, tmp_path):
-    clip_folder = metrics / "clip"
-    clip, copy = ClipFolder(clip_folder, "cpu"), tmp_path / "copy"
-    plain = np.full((1, 100, 100, 3), 100, np.uint8)
-    assert torch.allclose(
-        clip.embed_images(plain), clip.embed_images(plain[:, :64, :64]), atol=1e-5
-    )
+    clip, copy = ClipFolder(metrics / "clip", "cpu"), tmp_path / "copy"
+    grey = np.full((1, 100, 100, 3), 100, np.uint8)
+    small, large = clip.embed_images(grey[:, :64, :64]), clip.embed_images(grey)
+    assert torch.allclose(large, small, atol=1e-5)
     with pytest.raises(UserError, match="takes 77 tokens"):
         clip.embed_texts([MAX_TOKENS * "a "])
     with pytest.raises(UserError, match="does not load"):
         ClipFolder(tmp_path, "cpu").load()
-    CLIPTokenizer(vocab={"a": 0}, merges=[]).save_pretrained(shutil.copytree(clip_folder, copy))
+    shutil.copytree(metrics / "clip", copy)
+    CLIPTokenizer(vocab={"a": 0}, merges=[]).save_pretrained(copy)
     with pytest.raises(UserError, match="its tokenizer does not fit"):
         ClipFolder(copy, "cpu").load()

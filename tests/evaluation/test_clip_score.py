@@ -52,36 +52,6 @@ def prompts(*texts: str) -> list[Prompt]:
     return [Prompt(text, 0, "general") for text in texts]
 
 
-def reds(count: int) -> NDArray[np.uint8]:
-    images = np.zeros((count, 4, 4, 3), dtype=np.uint8)
-    images[..., 0] = 200
-    return images
-
-
-@pytest.fixture
-def folder(metrics: Path) -> Path:
-    return metrics / "clip"
-
-
-@pytest.fixture(scope="module")
-def tiny_archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny CLIP as OpenAI's file is one: a TorchScript archive, half precision, three buffers."""
-    folder = tmp_path_factory.mktemp("open_clip")
-    (folder / "tiny-quickgelu.json").write_text(json.dumps(TINY))
-    open_clip.add_model_config(folder / "tiny-quickgelu.json")
-    torch.manual_seed(0)
-    network = open_clip.create_model("tiny-quickgelu")
-    home = folder / "hub" / "checkpoints"
-    home.mkdir(parents=True)
-    bare = Bare()
-    for name, weight in network.state_dict().items():
-        put(bare, name.split("."), weight.half())
-    for name in ("input_resolution", "context_length", "vocab_size"):
-        bare.register_buffer(name, torch.tensor(77))
-    torch.jit.script(bare).save(str(home / "ViT-B-32.pt"))
-    return folder
-
-
 class Bare(torch.nn.Module):
     """Parameters without a use, for an archive that is read for its parameters alone."""
 
@@ -89,21 +59,28 @@ class Bare(torch.nn.Module):
         return None
 
 
-def put(module: torch.nn.Module, name: list[str], weight: Tensor) -> None:
-    """Register a weight under its dotted name, half precision as OpenAI's are."""
-    first, *rest = name
-    if not rest:
-        module.register_parameter(first, torch.nn.Parameter(weight))
-        return
-    if first not in dict(module.named_children()):
-        module.add_module(first, Bare())
-    put(module.get_submodule(first), rest, weight)
+def write_archive(path: Path, network: torch.nn.Module) -> None:
+    """Write a CLIP as OpenAI's file is one: TorchScript, half precision, three buffers."""
+    archive = Bare()
+    for name, weight in network.state_dict().items():
+        *parents, last = name.split(".")
+        module = archive
+        for parent in parents:
+            if not hasattr(module, parent):
+                module.add_module(parent, Bare())
+            module = module.get_submodule(parent)
+        module.register_parameter(last, torch.nn.Parameter(weight.half()))
+    for name in ("input_resolution", "context_length", "vocab_size"):
+        archive.register_buffer(name, torch.tensor(77))
+    path.parent.mkdir(parents=True)
+    torch.jit.script(archive).save(str(path))
 
 
 def test_clip_score_by_hand():
     embedder = Colors()
     evaluator = ClipScore(embedder)
-    records = evaluator.score(reds(4), prompts("red", "yellow", "not red", "red"))
+    reds = np.full((4, 4, 4, 3), (200, 0, 0), dtype=np.uint8)
+    records = evaluator.score(reds, prompts("red", "yellow", "not red", "red"))
     assert [record["cosine"] for record in records] == [1.0, 0.6, -1.0, 1.0]
     assert embedder.asked == [["red", "yellow", "not red"]]  # each distinct text once
     metric = evaluator.aggregate(records)
@@ -115,7 +92,8 @@ def test_clip_score_by_hand():
     assert (evaluator.measures, evaluator.paired) == ("general", False)
 
 
-def test_shipped_clip_scores_the_cosine_of_its_embeddings(folder):
+def test_shipped_clip_scores_the_cosine_of_its_embeddings(metrics):
+    folder = metrics / "clip"
     clip = ClipFolder(folder, "cpu")
     evaluator = ClipScore(clip)
     images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
@@ -129,22 +107,25 @@ def test_shipped_clip_scores_the_cosine_of_its_embeddings(folder):
     assert evaluator.instrument == clip.label == f"clip-{weights[:12]}"
 
 
-def test_shipped_clip_refuses_long_prompts_before_any_image(folder):
-    evaluator = ClipScore(ClipFolder(folder, "cpu"))
+def test_shipped_clip_refuses_long_prompts_before_any_image(metrics):
+    evaluator = ClipScore(ClipFolder(metrics / "clip", "cpu"))
     evaluator.check(prompts("a church"))
     with pytest.raises(UserError, match="77 tokens"):
         evaluator.check(prompts("a church", 80 * "a"))
 
 
-def test_open_clip_loads_the_published_archive_and_its_own_transform(tiny_archive, monkeypatch):
-    path = tiny_archive / "hub" / "checkpoints" / "ViT-B-32.pt"
-    monkeypatch.setenv("TORCH_HOME", str(tiny_archive))
+def test_open_clip_loads_the_published_archive_and_its_own_transform(tmp_path, monkeypatch):
+    (tmp_path / "tiny-quickgelu.json").write_text(json.dumps(TINY))
+    open_clip.add_model_config(tmp_path / "tiny-quickgelu.json")
+    torch.manual_seed(0)
+    model, _, transform = open_clip.create_model_and_transforms("tiny-quickgelu")
+    path = tmp_path / "hub" / "checkpoints" / "ViT-B-32.pt"
+    write_archive(path, model)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(clip_score, "MODEL", "tiny-quickgelu")
     published = replace(clip_score.WEIGHTS, digest=file_digest(path))
     monkeypatch.setattr(clip_score, "WEIGHTS", published)
     embedder = OpenClipEmbedder("cpu")
-    torch.manual_seed(0)
-    model, _, transform = open_clip.create_model_and_transforms("tiny-quickgelu")
     model.eval().half().float()
     images = np.random.default_rng(0).integers(0, 256, (2, 48, 40, 3), dtype=np.uint8)
     x = torch.stack([transform(Image.fromarray(image)) for image in images])

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock, call
 
 import hydra
 import pytest
@@ -76,6 +77,12 @@ def model() -> ToyModel:
     return ToyModel()
 
 
+@pytest.fixture
+def alone(model: ToyModel, tmp_path: Path) -> dict[str, bytes]:
+    """The set as one process makes it."""
+    return contents(generate(model, PROMPTS, SETTINGS, tmp_path / "alone"))
+
+
 def on_ray(
     monkeypatch: pytest.MonkeyPatch, ray: FakeRay | None, seed: int = 0, batches: int = 1
 ) -> Engine:
@@ -87,76 +94,61 @@ def on_ray(
 def test_tasks_make_the_bytes_of_one_process_and_few_are_in_flight(model, tmp_path, monkeypatch):
     ray = FakeRay(cpus=1)
     with knock_out(model).applied(model), on_ray(monkeypatch, ray) as engine:
-        alone = generate(model, PROMPTS, SETTINGS, tmp_path / "alone")
-        images = generate(model, PROMPTS, SETTINGS, tmp_path / "ray", engine=engine)
-        assert contents(images) == contents(alone)
-        again = generate(model, PROMPTS, SETTINGS, tmp_path / "ray", engine=engine)
-        assert contents(again) == contents(alone)
+        edited = contents(generate(model, PROMPTS, SETTINGS, tmp_path / "alone"))
+        for _ in range(2):  # made, then found
+            images = generate(model, PROMPTS, SETTINGS, tmp_path / "ray", engine=engine)
+            assert contents(images) == edited
     assert len(ray.tasks) == 6  # batches
     assert ray.most == 2
 
 
 def test_a_block_is_one_session_and_workers_keep_their_model(model, tmp_path, monkeypatch):
-    ray, loaded = FakeRay(), list[ToyModel]()
-    monkeypatch.setattr(
-        ToyPretrained, "load", lambda self, device: loaded.append(ToyModel()) or loaded[-1]
-    )
+    ray, load = FakeRay(), Mock(return_value=ToyModel())
+    monkeypatch.setattr(ToyPretrained, "load", load)
     with on_ray(monkeypatch, ray, batches=4) as engine:
         assert not ray.running  # as long as nothing is to be made
         plain = generate(model, PROMPTS, SETTINGS, tmp_path, engine=engine)
         with knock_out(model).applied(model):
             edited = generate(model, PROMPTS, SETTINGS, tmp_path, engine=engine)
     assert plain.folder != edited.folder
-    assert (ray.sessions, ray.running, len(ray.tasks), len(loaded)) == (1, False, 4, 1)
+    assert (ray.sessions, ray.running, len(ray.tasks), load.call_count) == (1, False, 4, 1)
 
 
-def test_what_tasks_leave_out_is_made_here_and_said_so(model, tmp_path, monkeypatch, caplog):
-    alone = generate(model, PROMPTS, SETTINGS, tmp_path / "alone")
+def test_what_tasks_leave_out_is_made_here_and_said_so(model, alone, tmp_path, monkeypatch, caplog):
     engine = on_ray(monkeypatch, FakeRay(dead=[0, 2]), batches=2)
-    images = generate(model, PROMPTS, SETTINGS, tmp_path / "ray", engine=engine)
-    assert contents(images) == contents(alone)
+    assert contents(generate(model, PROMPTS, SETTINGS, tmp_path, engine=engine)) == alone
     assert caplog.messages == [
         "tasks for images failed: the node died",  # once
         "14 images are missing after all tasks; making them here",
     ]
 
 
-def test_a_worker_that_would_make_other_images_refuses(model, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(ray_engine, "warm_models", {})
+def test_a_worker_that_would_make_other_images_refuses(model, alone, tmp_path, monkeypatch, caplog):
+    engine = on_ray(monkeypatch, FakeRay(), seed=1, batches=8)
     with pytest.raises(UserError, match=r"other images.* another fingerprint. Every machine"):
         sample_task(ToyPretrained(seed=1), describe_origin(model), 1, (), SETTINGS, [])
-    engine = on_ray(monkeypatch, FakeRay(), seed=1, batches=8)
-    images = generate(model, PROMPTS, SETTINGS, tmp_path / "ray", engine=engine)
-    alone = generate(model, PROMPTS, SETTINGS, tmp_path / "alone")
-    assert contents(images) == contents(alone)
+    assert contents(generate(model, PROMPTS, SETTINGS, tmp_path, engine=engine)) == alone
     assert "22 images are missing after all tasks" in caplog.text
 
 
-def test_tasks_compute_with_the_threads_of_this_process(model, tmp_path, monkeypatch):
-    set_to = list[int]()
+def test_tasks_compute_with_the_threads_of_this_process_and_wait_for_a_device(
+    model, tmp_path, monkeypatch, caplog
+):
+    set_threads = Mock()
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
-    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
-    engine = on_ray(monkeypatch, FakeRay())
+    monkeypatch.setattr(torch, "set_num_threads", set_threads)
+    engine = on_ray(monkeypatch, FakeRay(cpus=0))
     generate(model, PROMPTS[:8], SETTINGS, tmp_path, engine=engine)
-    assert set_to == [7, 7]
+    assert set_threads.call_args_list == 2 * [call(7)]
+    assert "Ray has no cpu at present: the images wait" in caplog.text
 
 
 def test_a_session_ends_when_an_image_cannot_be_written(model, tmp_path, monkeypatch):
     ray = FakeRay()
-
-    def refuse(*_: object) -> None:
-        raise UserError("no")
-
-    monkeypatch.setattr(image_sets.ImageWriter, "put", refuse)
+    monkeypatch.setattr(image_sets.ImageWriter, "put", Mock(side_effect=UserError("no")))
     with pytest.raises(UserError, match="no"), on_ray(monkeypatch, ray) as engine:
         generate(model, PROMPTS, SETTINGS, tmp_path, engine=engine)
     assert (ray.sessions, ray.running) == (1, False)
-
-
-def test_a_cluster_without_a_free_device_is_told(model, tmp_path, monkeypatch, caplog):
-    engine = on_ray(monkeypatch, FakeRay(cpus=0))
-    generate(model, PROMPTS[:4], SETTINGS, tmp_path, engine=engine)
-    assert "Ray has no cpu at present: the images wait" in caplog.text
 
 
 @pytest.mark.parametrize("path", sorted((CONF / "engine").glob("*.yaml")), ids=lambda p: p.stem)

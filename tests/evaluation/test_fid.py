@@ -23,7 +23,6 @@ from evaluation.evaluators.features import (
     FeatureExtractor,
     FeatureStatistics,
     InceptionFeatures,
-    Reference,
     SavedStatistics,
 )
 from evaluation.evaluators.fid import FID, FrechetDistance
@@ -45,18 +44,6 @@ class ChannelMeans(FeatureExtractor):
         return (images.mean(axis=(1, 2)) / 255).astype(np.float32)
 
 
-class Fixed(Reference):
-    """Statistics given beforehand."""
-
-    label = "fixed-1"
-
-    def __init__(self, statistics: FeatureStatistics) -> None:
-        self._statistics = statistics
-
-    def statistics(self, extractor: FeatureExtractor) -> FeatureStatistics:
-        return self._statistics
-
-
 def prompts(count: int) -> list[Prompt]:
     return [Prompt("a caption", seed, "general") for seed in range(count)]
 
@@ -68,6 +55,12 @@ def gaussian(count: int, dim: int, seed: int) -> NDArray[np.float64]:
     return random.standard_normal((count, dim)) @ mixing + random.standard_normal(dim)
 
 
+def save(real: NDArray[np.float64], folder: Path) -> SavedStatistics:
+    """The features of real images as a reference in a file."""
+    FeatureStatistics.of(real).save(folder / "real.safetensors", ChannelMeans())
+    return SavedStatistics(folder / "real.safetensors")
+
+
 def scipy_distance(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
     """Heusel et al., Eq. 6, with scipy's matrix square root."""
     s, t = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
@@ -76,35 +69,27 @@ def scipy_distance(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
     return float(shift @ shift + np.trace(s + t - 2 * np.real(root)))
 
 
-def write_jpegs(folder: Path, sizes: dict[str, tuple[int, int]]) -> Path:
-    """Random pictures, {name: (width, height)}."""
-    folder.mkdir(parents=True, exist_ok=True)
-    random = np.random.default_rng(0)
-    for name, (width, height) in sizes.items():
-        pixels = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / name, format="png")  # exact, whatever its name
-    return folder
-
-
 class Captions(PromptSet):
     """Captions of COCO's photographs with these numbers."""
 
     name = "captions"
 
-    def __init__(self, *ids: object) -> None:
+    def __init__(self, *ids: str | None) -> None:
         self._ids = ids
 
     def build(self) -> list[Prompt]:
-        return [
-            Prompt("a caption", 0, "captions", id=None if number is None else str(number))
-            for number in self._ids
-        ]
+        return [Prompt("a caption", 0, "captions", id=each) for each in self._ids]
 
 
 @pytest.fixture
 def photographs(tmp_path: Path) -> Path:
-    names = [features.FILE_NAME.format(number) for number in (7, 42, 100)]
-    return write_jpegs(tmp_path / "val", dict(zip(names, [(8, 6), (6, 8), (8, 8)], strict=True)))
+    """Three of random pixels, saved exactly, whatever their names."""
+    folder, random = tmp_path / "val", np.random.default_rng(0)
+    folder.mkdir()
+    for number, shape in {7: (6, 8, 3), 42: (8, 6, 3), 100: (8, 8, 3)}.items():
+        pixels = random.integers(0, 256, shape, dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / features.FILE_NAME.format(number), format="png")
+    return folder
 
 
 def test_two_gaussians_in_closed_form():
@@ -124,11 +109,11 @@ def test_distance_agrees_with_scipy_also_below_full_rank(count, dim):
     assert 0 <= distance(real) < 1e-8
 
 
-def test_fid_from_records_alone():
+def test_fid_from_records_alone(tmp_path):
     random = np.random.default_rng(0)
     images = random.integers(0, 256, (30, 4, 4, 3), dtype=np.uint8)
     real = gaussian(100, 3, seed=1) / 20
-    evaluator = FID(ChannelMeans(), Fixed(FeatureStatistics.of(real)))
+    evaluator = FID(ChannelMeans(), save(real, tmp_path))
     records = evaluator.score(images, prompts(30))
     assert records[3]["features"].dtype == np.float32
     assert records[3]["features"] == pytest.approx(images[3].mean(axis=(0, 1)) / 255)
@@ -140,18 +125,17 @@ def test_fid_from_records_alone():
     assert (metric.n, metric.unit) == (30, "squared distance")
     assert not metric.higher_is_better
     assert (evaluator.measures, evaluator.paired) == ("general", False)
-    assert metric.version.endswith("/channel_means-1/fixed-1")
+    assert metric.version.endswith(f"/channel_means-1/{evaluator.reference.label}")
     assert evaluator.aggregate(records[:10]).n == 10
 
 
-def test_fewer_than_two_images_are_refused_early():
-    evaluator = FID(ChannelMeans(), Fixed(FeatureStatistics.of(gaussian(9, 3, seed=0))))
+def test_fewer_than_two_images_are_refused_early(tmp_path):
+    evaluator = FID(ChannelMeans(), save(gaussian(9, 3, seed=0), tmp_path))
     evaluator.check(prompts(2))
-    with pytest.raises(UserError, match="at least 2 images, got 1"):
-        evaluator.check(prompts(1))
     records = evaluator.score(np.zeros((1, 4, 4, 3), np.uint8), prompts(1))
-    with pytest.raises(UserError, match="at least 2 images, got 1"):
-        evaluator.aggregate(records)
+    for refuse, given in ((evaluator.check, prompts(1)), (evaluator.aggregate, records)):
+        with pytest.raises(UserError, match="at least 2 images, got 1"):
+            refuse(given)
 
 
 def test_interval_is_the_spread_of_fid_over_new_images_and_holds_the_value():
@@ -166,9 +150,8 @@ def test_interval_is_the_spread_of_fid_over_new_images_and_holds_the_value():
 
 
 def test_saved_statistics_round_trip_and_know_their_extractor(tmp_path):
-    made = FeatureStatistics.of(gaussian(20, 3, seed=0))
-    made.save(tmp_path / "real.safetensors", ChannelMeans())
-    reference = SavedStatistics(tmp_path / "real.safetensors")
+    real = gaussian(20, 3, seed=0)
+    made, reference = FeatureStatistics.of(real), save(real, tmp_path)
     read = reference.statistics(ChannelMeans())
     assert np.array_equal(read.mean, made.mean)
     assert np.array_equal(read.covariance, made.covariance)
@@ -183,25 +166,23 @@ def test_saved_statistics_round_trip_and_know_their_extractor(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         reference.statistics(ChannelMeans())
     missing = SavedStatistics(tmp_path / "none.safetensors")
-    with pytest.raises(UserError, match=r"none\.safetensors"):
-        missing.statistics(ChannelMeans())
-    with pytest.raises(UserError, match=r"none\.safetensors"):
-        missing.identity()
+    for ask in (lambda: missing.statistics(ChannelMeans()), missing.identity):
+        with pytest.raises(UserError, match=r"none\.safetensors"):
+            ask()
 
 
 def test_classifier_features_are_the_networks_own(metrics):
-    classifier = metrics / "classifier"
-    extractor = ClassifierFeatures(classifier, "cpu")
+    extractor = ClassifierFeatures(metrics / "classifier", "cpu")
     images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
     x = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
-    expected = load_classifier(classifier).features(x).numpy()
+    expected = load_classifier(metrics / "classifier").features(x).numpy()
     found = extractor.features(images)
     assert (found.shape, found.dtype) == ((3, 8), np.float32)
     assert np.allclose(found, expected, atol=1e-6)
 
 
 def test_real_images_are_those_of_the_captions_cut_square(photographs, tmp_path):
-    captions = Captions(100, "000000000007", 100)
+    captions = Captions("100", "000000000007", "100")
     extractor = ChannelMeans()
     found = CocoImages(photographs, captions, tmp_path / "cache", True).statistics(extractor)
     assert found.count == 2
@@ -220,14 +201,13 @@ def test_statistics_are_kept_until_files_or_extractor_change(photographs, tmp_pa
 
     def measure() -> int:
         before = len(extractor.shapes)
-        reference = CocoImages(photographs, None, tmp_path / "cache", True)
-        reference.statistics(extractor)
+        CocoImages(photographs, None, tmp_path / "cache").statistics(extractor)
         return len(extractor.shapes) - before
 
     assert [measure(), measure()] == [3, 0]
     photographs = photographs.rename(tmp_path / "moved")
     assert measure() == 0
-    write_jpegs(photographs, {"new.JPG": (5, 5)})
+    Image.new("RGB", (5, 5)).save(photographs / "new.JPG")
     assert measure() == 4
     extractor.label = "channel_means-2"
     assert measure() == 4
@@ -242,7 +222,7 @@ def test_real_images_are_told_apart_by_their_files(photographs, tmp_path):
     captions = ObjectPrompts({"church": "church"}, images_per_class=1, seed=0)
     found.append(CocoImages(photographs, captions, tmp_path).identity())
     found.append(CocoImages(None, captions, tmp_path).identity())
-    write_jpegs(photographs, {"new.JPG": (5, 5)})
+    Image.new("RGB", (5, 5)).save(photographs / "new.JPG")
     found.append(CocoImages(photographs, None, tmp_path).identity())
     assert all(found.count(each) == 1 for each in found)
 
@@ -256,11 +236,10 @@ def test_archive_is_read_in_place_and_not_at_all_once_measured(photographs, tmp_
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     published = replace(features.ARCHIVE, digest=file_digest(archive, "md5"))
     monkeypatch.setattr(features, "ARCHIVE", published)
-    captions = Captions(42, 7)
     extractor = ChannelMeans()
-    for chosen, count in ((captions, 2), (Captions(None), 3), (None, 3)):
-        found = CocoImages(None, chosen, tmp_path / "cache", True).statistics(extractor)
-        folder = CocoImages(photographs, chosen, tmp_path / "other", True).statistics(extractor)
+    for chosen, count in ((Captions("42", "7"), 2), (Captions(None), 3), (None, 3)):
+        found = CocoImages(None, chosen, tmp_path / "cache").statistics(extractor)
+        folder = CocoImages(photographs, chosen, tmp_path / "other").statistics(extractor)
         assert (found.count, folder.count) == (count, count)
         assert np.array_equal(found.mean, folder.mean)
     archive.unlink()
@@ -271,7 +250,7 @@ def test_what_is_missing_is_said_before_anything_is_measured(photographs, tmp_pa
     (tmp_path / "empty").mkdir()
     extractor = ChannelMeans()
     for folder, captions, message in (
-        (photographs, Captions(7, 8, 42), r"lacks 1, .*000000000008\.jpg"),
+        (photographs, Captions("7", "8", "42"), r"lacks 1, .*000000000008\.jpg"),
         (tmp_path / "nowhere", None, "holds 0 pictures"),
         (tmp_path / "empty", None, "holds 0 pictures"),
         (photographs, Captions("flickr-7"), r"not COCO's numbers.*captions=null"),
@@ -298,9 +277,8 @@ def test_inception_is_torchmetrics_own_from_the_verified_file(tmp_path, monkeypa
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(UserError, match=f"{file_digest(path)}, expected 6726825d"):
         InceptionFeatures(antialias=True, device="cpu").load()
-    monkeypatch.setattr(
-        features, "INCEPTION", replace(features.INCEPTION, digest=file_digest(path))
-    )
+    published = replace(features.INCEPTION, digest=file_digest(path))
+    monkeypatch.setattr(features, "INCEPTION", published)
     extractor = InceptionFeatures(antialias=True, device="cpu")
     images = np.random.default_rng(0).integers(0, 256, (1, 40, 40, 3), dtype=np.uint8)
     theirs = FrechetInceptionDistance(2048, feature_extractor_weights_path=str(path)).inception

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import httpx
 import hydra
@@ -28,6 +29,7 @@ TABLE = (
     b'1,"a face\nin two lines",face,24,7.5,512,512,a8\r\n'
 )
 NOT_UTF8 = b"prompt\na church\na \xff face\n"
+GAP = b'prompt\na church\n" "\na face\n'
 
 
 def sha256(data: bytes) -> str:
@@ -66,58 +68,32 @@ def written(path: Path, data: bytes) -> PromptFile:
 
 
 def with_columns(prompts: PromptFile) -> PromptFile:
-    columns = Columns(
-        prompt="prompt",
-        id="number",
-        group="categories",
-        seed="evaluation_seed",
-        guidance="evaluation_guidance",
-        height="sd_image_height",
-        width="sd_image_width",
-    )
-    return replace(prompts, columns=columns)
+    columns = ("prompt", "number", "categories", "evaluation_seed", "evaluation_guidance")
+    return replace(prompts, columns=Columns(*columns, "sd_image_height", "sd_image_width"))
 
 
-def serve(monkeypatch: pytest.MonkeyPatch, data: bytes, status: int = 200) -> list[str]:
-    """Let the web answer with `data`; returns the addresses that are asked for."""
-    asked: list[str] = []
-
-    def get(url: str, *, timeout: float, follow_redirects: bool) -> httpx.Response:
-        assert 0 < timeout <= 60
-        asked.append(url)
-        return httpx.Response(status, content=data, request=httpx.Request("GET", url))
-
+def serve(monkeypatch: pytest.MonkeyPatch, data: bytes, status: int = 200) -> Mock:
+    """Let the web answer with `data`; returns what notes the requests."""
+    response = httpx.Response(status, content=data, request=httpx.Request("GET", PINNED))
+    get = Mock(return_value=response)
     monkeypatch.setattr(prompt_sources.httpx, "get", get)
-    return asked
+    return get
 
 
 def cut_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(url: str, **options: object) -> None:
-        raise httpx.ConnectError("no route to host")
-
+    fail = Mock(side_effect=httpx.ConnectError("no route to host"))
     monkeypatch.setattr(prompt_sources.httpx, "get", fail)
     monkeypatch.setattr(prompt_sources.httpx, "head", fail)
 
 
-# Reading
-
-
 def test_one_value_for_all_is_the_rule_unless_the_file_is_asked(table):
+    ruled = with_columns(prompt_file(table))
     expected = Prompt('a church, at "night" ', 0, "nudity", truncate=True, id="a7")
-    assert build_prompts(with_columns(prompt_file(table)))[0] == expected
-
-
-def test_every_rule_can_take_the_rows_own(table):
+    assert build_prompts(ruled)[0] == expected
     rules = Rules(group="file", seed="file", guidance="file", size="file", truncate=False)
-    first, second = build_prompts(replace(with_columns(prompt_file(table)), rules=rules))
-    assert first == Prompt(
-        'a church, at "night" ',
-        seed=4261553411,
-        group="old_church",
-        guidance=13.0,
-        size=(384, 512),  # height, width
-        id="a7",
-    )
+    first, second = build_prompts(replace(ruled, rules=rules))
+    asked = {"guidance": 13.0, "size": (384, 512)}  # height, width
+    assert first == Prompt(expected.text, 4261553411, "old_church", id="a7", **asked)
     assert (second.text, second.guidance, second.size) == ("a face\nin two lines", 7.5, (512, 512))
 
 
@@ -129,22 +105,20 @@ def test_a_file_without_a_header_has_its_first_line_read(tmp_path):
     assert texts == ["a church", 'a "face", near', "two\nlines", "last"]
 
 
-def test_bytes_that_are_not_utf8_are_refused_or_replaced(tmp_path):
-    prompts = written(tmp_path / "broken.csv", NOT_UTF8)
-    message = r"broken\.csv, line 3: the byte 0xff .*prompts\.layout\.undecodable=replace"
-    with pytest.raises(UserError, match=message):
+@pytest.mark.parametrize(
+    ("key", "value", "data", "message", "texts"),
+    [
+        ("undecodable", "replace", NOT_UTF8, "the byte 0xff", ["a church", "a � face"]),
+        ("empty", "skip", GAP, "the prompt is empty", ["a church", "a face"]),
+    ],
+)
+def test_lines_are_refused_unless_the_layout_takes_them(tmp_path, key, value, data, message, texts):
+    prompts = written(tmp_path / "broken.csv", data)
+    way_out = rf"broken\.csv, line 3: {message}.*prompts\.layout\.{key}={value}"
+    with pytest.raises(UserError, match=way_out):
         prompts.build()
-    layout = replace(prompts.layout, undecodable="replace")
-    assert replace(prompts, layout=layout).build()[1].text == "a � face"
-
-
-def test_an_empty_prompt_is_refused_or_left_out(tmp_path):
-    prompts = written(tmp_path / "gap.csv", b'prompt\na church\n" "\na face\n')
-    with pytest.raises(UserError, match=r"line 3: the prompt is empty.*layout\.empty=skip"):
-        prompts.build()
-    layout = replace(prompts.layout, empty="skip")
-    kept = replace(prompts, layout=layout).build()
-    assert [prompt.text for prompt in kept] == ["a church", "a face"]
+    taken = replace(prompts, layout=replace(prompts.layout, **{key: value}))
+    assert [prompt.text for prompt in taken.build()] == texts
 
 
 @pytest.mark.parametrize(
@@ -188,30 +162,24 @@ def test_unreadable_cells_are_named(tmp_path, rule, old, new, message):
 
 
 @pytest.mark.parametrize(
-    ("rule", "value", "message"),
+    ("owner", "key", "value", "message"),
     [
-        ("seed", "each", r"prompts\.rules\.seed='each' .*a whole number, at least 0"),
-        ("seed", -1, r"prompts\.rules\.seed=-1"),
-        ("seed", 0.5, r"prompts\.rules\.seed=0\.5"),
-        ("guidance", "high", r"prompts\.rules\.guidance='high' .*a finite number"),
-        ("guidance", float("inf"), r"prompts\.rules\.guidance=inf"),
-        ("size", "large", r"prompts\.rules\.size='large' .*allowed: file"),
+        ("rules", "seed", "each", r"prompts\.rules\.seed='each' .*a whole number, at least 0"),
+        ("rules", "seed", -1, r"prompts\.rules\.seed=-1"),
+        ("rules", "seed", 0.5, r"prompts\.rules\.seed=0\.5"),
+        ("rules", "guidance", "high", r"prompts\.rules\.guidance='high' .*a finite number"),
+        ("rules", "guidance", float("inf"), r"prompts\.rules\.guidance=inf"),
+        ("rules", "size", "large", r"prompts\.rules\.size='large' .*allowed: file"),
+        ("rules", "size", "file", r"rules\.size=file, but .*prompts\.columns\.height"),
+        ("layout", "empty", "drop", r"prompts\.layout\.empty='drop' .*error, skip"),
     ],
 )
-def test_unknown_rules_are_refused(rule, value, message):
-    with pytest.raises(UserError, match=message):
-        replace(prompt_file(None).rules, **{rule: value})
-
-
-def test_a_rule_for_a_column_that_the_file_has_not_is_refused():
+def test_unknown_rules_and_those_for_a_column_that_is_not_there_are_refused(
+    owner, key, value, message
+):
     prompts = prompt_file(None)
-    with pytest.raises(UserError, match=r"rules\.size=file, but .*prompts\.columns\.height"):
-        replace(prompts, rules=replace(prompts.rules, size="file"))
-    with pytest.raises(UserError, match=r"prompts\.layout\.empty='drop' .*error, skip"):
-        replace(prompts.layout, empty="drop")
-
-
-# Verification
+    with pytest.raises(UserError, match=message):
+        replace(prompts, **{owner: replace(getattr(prompts, owner), **{key: value})})
 
 
 def test_a_local_file_is_verified_unless_it_need_not_be(table, caplog):
@@ -225,16 +193,12 @@ def test_a_local_file_is_verified_unless_it_need_not_be(table, caplog):
     assert "are not verified" in caplog.text
 
 
-def test_a_local_file_that_is_not_there_is_named(tmp_path):
-    unpinned = replace(prompt_file(tmp_path / "none.csv"), sha256=None)
-    for ask in (prompt_file(tmp_path / "none.csv").build, unpinned.build, unpinned.identity):
-        with pytest.raises(
-            UserError, match=r"prompts\.path=.*none\.csv cannot be read: No such file"
-        ):
-            ask()
-    folder = replace(prompt_file(tmp_path), sha256=None)
-    for ask in (prompt_file(tmp_path).build, folder.build, folder.identity):
-        with pytest.raises(UserError, match=r"prompts\.path=.* cannot be read: Is a directory"):
+@pytest.mark.parametrize(("name", "reason"), [("none.csv", "No such file"), ("", "Is a directory")])
+def test_a_local_file_that_is_not_there_is_named(tmp_path, name, reason):
+    pinned = prompt_file(tmp_path / name)
+    unpinned = replace(pinned, sha256=None)
+    for ask in (pinned.build, unpinned.build, unpinned.identity):
+        with pytest.raises(UserError, match=rf"prompts\.path=.*{name} cannot be read: {reason}"):
             ask()
 
 
@@ -262,16 +226,20 @@ def test_a_pinned_file_is_its_hash_wherever_it_comes_from(table, tmp_path):
     assert len({digest(each.identity()) for each in (*others, pinned)}) == len(others) + 1
 
 
-# Download
-
-
-def test_a_file_is_downloaded_once_into_the_cache(cache, monkeypatch):
-    asked = serve(monkeypatch, TABLE)
+def test_a_file_is_downloaded_once_into_the_cache_and_again_if_that_copy_is_damaged(
+    cache, monkeypatch, caplog
+):
+    get, kept = serve(monkeypatch, TABLE), WebFile(PINNED, "MIT").cached_path()
     assert prompt_file(None).build() == prompt_file(None).build()
-    assert asked == [PINNED]
-    (kept,) = [path for path in cache.rglob("*") if path.is_file()]
-    assert kept == WebFile(PINNED, "MIT").cached_path()
+    assert get.call_count == 1
+    assert get.call_args.args == (PINNED,)
+    assert 0 < get.call_args.kwargs["timeout"] <= 60
+    assert [path for path in cache.rglob("*") if path.is_file()] == [kept]
     assert kept.parent == cache / "concept-attribution" / "prompts"
+    kept.write_bytes(TABLE[:-9])
+    assert len(prompt_file(None).build()) == 2
+    assert get.call_count == 2
+    assert "downloading it again" in caplog.text
     assert kept.read_bytes() == TABLE
 
 
@@ -284,37 +252,21 @@ def test_the_cache_is_in_the_home_folder_unless_moved(monkeypatch):
     assert other.cached_path() != WebFile(PINNED, "MIT").cached_path()
 
 
-def test_a_damaged_copy_in_the_cache_is_fetched_again(monkeypatch, caplog):
-    asked = serve(monkeypatch, TABLE)
-    prompts = prompt_file(None)
-    prompts.build()
-    kept = WebFile(PINNED, "MIT").cached_path()
-    kept.write_bytes(TABLE[:-9])
-    assert len(prompts.build()) == 2
-    assert len(asked) == 2
-    assert "downloading it again" in caplog.text
-    assert kept.read_bytes() == TABLE
-
-
 def test_a_changed_file_is_neither_read_nor_kept(cache, monkeypatch):
-    serve(monkeypatch, b"prompt\na church\n")
-    message = f"(?s){sha256(b'prompt' + bytes([10]) + b'a church' + bytes([10]))}.*{sha256(TABLE)}"
-    with pytest.raises(UserError, match=message):
+    serve(monkeypatch, NOT_UTF8)
+    with pytest.raises(UserError, match=f"(?s){sha256(NOT_UTF8)}.*{sha256(TABLE)}"):
         prompt_file(None).build()
     assert not [path for path in cache.rglob("*") if path.is_file()]
 
 
-def test_without_a_network_the_message_says_what_to_do(monkeypatch):
+def test_without_a_network_or_the_page_the_message_says_what_to_do(monkeypatch):
+    serve(monkeypatch, b"404: Not Found", status=404)
+    with pytest.raises(UserError, match=r"the download to .* failed \(.*404"):
+        replace(prompt_file(None), sha256=None).build()
     cut_the_network(monkeypatch)
     message = r"concept-attribution.*no route to host.*with a network.*prompts\.path=FILE"
     with pytest.raises(UserError, match=message):
         prompt_file(None).build()
-
-
-def test_a_page_that_is_not_there_is_no_prompt_file(monkeypatch):
-    serve(monkeypatch, b"404: Not Found", status=404)
-    with pytest.raises(UserError, match=r"the download to .* failed \(.*404"):
-        replace(prompt_file(None), sha256=None).build()
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
@@ -324,9 +276,8 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
         prompt_file(None).build()
 
 
-# The hub
-
 GATED = HubFile("org/set", "prompts.csv", revision="main", gated=True, licence="on request")
+ON_THE_HUB = replace(prompt_file(None), source=GATED)
 
 
 @pytest.fixture
@@ -340,25 +291,22 @@ def empty_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_file_in_the_hubs_cache_is_read_and_verified(table, monkeypatch):
     monkeypatch.setattr(prompt_sources, "try_to_load_from_cache", lambda *a, **k: str(table))
-    assert len(replace(prompt_file(None), source=GATED).build()) == 2
+    assert len(ON_THE_HUB.build()) == 2
     with pytest.raises(UserError, match=r"datasets/org/set, prompts\.csv has the SHA-256"):
-        replace(prompt_file(None), source=GATED, sha256="0" * 64).build()
-
-
-def refuse(*_arguments: object, **_options: object) -> None:
-    request = httpx.Request("GET", "https://huggingface.co")
-    raise GatedRepoError("gated", response=httpx.Response(403, request=request))
+        replace(ON_THE_HUB, sha256="0" * 64).build()
 
 
 @pytest.mark.usefixtures("empty_hub")
 def test_why_the_hub_gives_nothing_is_explained(monkeypatch):
     def explained(message: str) -> None:
         with pytest.raises(UserError, match=message):
-            replace(prompt_file(None), source=GATED).build()
+            ON_THE_HUB.build()
 
     explained(r"no hub token.*Accept its licence there.*hf auth login")
     monkeypatch.setattr(hub, "get_token", lambda: "hf_x")
-    monkeypatch.setattr(prompt_sources, "hf_hub_download", refuse)
+    response = httpx.Response(403, request=httpx.Request("GET", "https://huggingface.co"))
+    refused = Mock(side_effect=GatedRepoError("gated", response=response))
+    monkeypatch.setattr(prompt_sources, "hf_hub_download", refused)
     explained("the hub refused the token")
     cut_the_network(monkeypatch)
     explained(r"cannot be reached.*hf download org/set prompts\.csv")
@@ -368,20 +316,12 @@ def test_why_the_hub_gives_nothing_is_explained(monkeypatch):
 
 @pytest.mark.usefixtures("empty_hub")
 def test_the_hub_is_asked_with_the_pinned_revision(table, monkeypatch):
-    asked = []
-
-    def download(repo: str, file: str, **options: str) -> str:
-        asked.append((repo, file, options))
-        return str(table)
-
+    download = Mock(return_value=str(table))
     monkeypatch.setattr(hub, "get_token", lambda: "hf_x")
     monkeypatch.setattr(prompt_sources, "hf_hub_download", download)
-    assert len(replace(prompt_file(None), source=GATED).build()) == 2
-    options = {"revision": "main", "repo_type": "dataset"}
-    assert asked == [("org/set", "prompts.csv", options)]
+    assert len(ON_THE_HUB.build()) == 2
+    download.assert_called_once_with("org/set", "prompts.csv", revision="main", repo_type="dataset")
 
-
-# conf/prompts
 
 NAMES = [
     p.stem for p in sorted((REPOSITORY / "conf/prompts").glob("*.yaml")) if p.stem != "default"
@@ -397,7 +337,6 @@ def composed(*overrides: str) -> PromptSet:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_set_of_the_configuration_is_a_prompt_set(name):
     prompt_set = composed(f"prompts={name}")
-    assert isinstance(prompt_set, PromptSet)
     if name in PUBLISHED + ATTACKS:
         assert isinstance(prompt_set, PromptFile)
         assert prompt_set.name == name

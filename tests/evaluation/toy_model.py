@@ -61,15 +61,13 @@ class ToyModel(DiffusionModel):
         return Conditioning({"states": torch.stack(rows)})
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        prediction: Tensor = self.denoiser(x_t, conditioning.tensors["states"])
-        return prediction
+        return self.denoiser(x_t, conditioning.tensors["states"])
 
     def target(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return noise
 
     def add_noise(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        noised: Tensor = DDIMScheduler(**self.scheduler_config).add_noise(x_0, noise, t)
-        return noised
+        return DDIMScheduler(**self.scheduler_config).add_noise(x_0, noise, t)
 
     def sampler(self, steps: int, kind: str = "default", eta: float | None = 0.0) -> Sampler:
         return Sampler(DDIMScheduler(**self.scheduler_config), steps, self.device, eta)

@@ -72,65 +72,26 @@ Cell = tuple[int, str, str]  # table, row, column
 
 # The paper's own inconsistencies, as (printed, what other printed numbers give).
 CHANGES = {(4, "mma", "esd"): ("-85.62", "-85.63")}  # of 1941 and 279
-TARGETS_NO_COUNT_GIVES: dict[Cell, str] = {(1, "english_springer", "uce"): "0.10"}
+TARGET_NO_COUNT_GIVES = {(1, "english_springer", "uce", "0.10")}
+RATE_NO_COUNT_GIVES = {(3, "tench", "concept_prune", "0.39")}  # of P4D
 OTHERS_NO_COUNT_GIVES: dict[Cell, tuple[str, str]] = {  # (printed, nearest below)
     (1, "golf_ball", "esd"): ("48.90", "48.89"),
     (1, "church", "rece"): ("80.50", "80.49"),
 }
-OTHERS_CUT: dict[tuple[int, str], list[str]] = {  # cut to two decimals, not rounded
-    (1, "concept_prune"): [
-        "chain_saw",
-        "french_horn",
-        "gas_pump",
-        "golf_ball",
-        "parachute",
-        "tench",
-    ],
-    (1, "esd"): ["english_springer", "parachute"],
-    (8, "none"): ["chain_saw", "church", "french_horn", "gas_pump"],
-    (8, "uce"): ["cassette_player", "chain_saw", "church", "french_horn", "gas_pump", "golf_ball"],
-    (8, "rece"): [
-        "cassette_player",
-        "chain_saw",
-        "church",
-        "french_horn",
-        "garbage_truck",
-        "gas_pump",
-        "golf_ball",
-    ],
+OTHERS_CUT = {  # cut to two decimals, not rounded
+    (1, "concept_prune"): "chain_saw french_horn gas_pump golf_ball parachute tench",
+    (1, "esd"): "english_springer parachute",
+    (8, "none"): "chain_saw church french_horn gas_pump",
+    (8, "uce"): "cassette_player chain_saw church french_horn gas_pump golf_ball",
+    (8, "rece"): "cassette_player chain_saw church french_horn garbage_truck gas_pump golf_ball",
 }
-RATES_NO_COUNT_GIVES = {("p4d", "tench", "concept_prune"): "0.39"}
 # One unedited model: the others of a row are the mean of the other rows' targets.
 UNEDITED_OTHERS: dict[Cell, tuple[str, str]] = {
     (8, "chain_saw", "none"): ("71.95", "79.02"),  # UCE's and RECE's value
     (8, "english_springer", "none"): ("70.73", "79.00"),  # UCE's and RECE's value
 }
-ERASE_AND_KNOCK_OUT = {  # one edit: (Table 1 and Table 7, Table 11)
-    "accuracy_target": {
-        "chain_saw": ("0.00", "0.20"),
-        "church": ("1.60", "3.00"),
-        "english_springer": ("1.40", "0.60"),
-        "french_horn": ("4.40", "0.60"),
-        "garbage_truck": ("3.80", "2.20"),
-        "gas_pump": ("0.20", "1.60"),
-        "golf_ball": ("4.20", "5.40"),
-        "parachute": ("2.00", "1.60"),
-    },
-    "accuracy_others": {
-        "cassette_player": ("80.13", "81.33"),
-        "chain_saw": ("69.22", "71.87"),
-        "church": ("73.49", "74.24"),
-        "english_springer": ("71.91", "69.36"),
-        "french_horn": ("70.87", "68.09"),
-        "garbage_truck": ("63.69", "64.73"),
-        "gas_pump": ("67.69", "66.04"),
-        "golf_ball": ("73.27", "73.20"),
-        "parachute": ("68.91", "67.44"),
-        "tench": ("72.67", "67.93"),
-    },
-}
-# Sec. 6.2: church and garbage truck "to no more than 3%".
-TEXT_LIMIT = {"garbage_truck": ("3", "3.80")}
+# Table 11's knock-out is Table 1's edit, made anew: all that is printed alike.
+ERASE_AS_KNOCK_OUT = {"accuracy_target": {"cassette_player", "tench"}, "accuracy_others": set()}
 
 QUOTED = [  # section, number in the text, where it is printed
     ("6.2", "12.440", (2, "nudity", "erase", "fid")),
@@ -188,13 +149,19 @@ def groups(table: int, *extra: str) -> Iterable[tuple[tuple[str, ...], pd.DataFr
 
 
 @pytest.mark.parametrize("table", TABLES)
-def test_every_cell_of_the_table_is_there_once(table: int) -> None:
-    cells = read(table)
-    key = [*COLUMNS[:4], *FURTHER.get(table, [])]
-    assert set(cells.columns) == {*COLUMNS, *FURTHER.get(table, [])}
+def test_every_cell_is_there_once_in_the_format_of_its_metric(table: int) -> None:
+    cells, further = read(table), FURTHER.get(table, [])
+    assert set(cells.columns) == {*COLUMNS, *further}
     assert len(cells) == CELLS[table]
-    assert not cells.duplicated(key).any()
+    assert not cells.duplicated([*COLUMNS[:4], *further]).any()
     assert set(cells["table"]) == {str(table)}
+    for cell in cells.itertuples():
+        unit, decimals = FORMAT[cell.metric]
+        assert cell.unit == unit
+        if (table, cell.row, cell.column, cell.metric) in PRINTED_DASHES:
+            assert cell.value == ""
+        else:
+            assert -Decimal(cell.value).as_tuple().exponent == decimals, cell
 
 
 def test_there_are_no_other_files() -> None:
@@ -202,38 +169,14 @@ def test_there_are_no_other_files() -> None:
     assert {path.name for path in PAPER.iterdir()} == expected
 
 
-def test_only_printed_dashes_are_empty() -> None:
-    empty = {
-        (table, cell.row, cell.column, cell.metric)
-        for table in TABLES
-        for cell in read(table).itertuples()
-        if cell.value == ""
-    }
-    assert empty == PRINTED_DASHES
-
-
 @pytest.mark.parametrize("table", TABLES)
-def test_units_and_decimals_are_those_of_the_metric(table: int) -> None:
-    for cell in read(table).itertuples():
-        unit, decimals = FORMAT[cell.metric]
-        assert cell.unit == unit
-        if cell.value:
-            assert -Decimal(cell.value).as_tuple().exponent == decimals, cell
-
-
-@pytest.mark.parametrize("table", TABLES)
-def test_rows_are_named_as_in_conf(table: int) -> None:
-    concepts = names("concept")
+def test_rows_and_columns_are_named_as_in_conf(table: int) -> None:
     kinds = {str(OmegaConf.load(path)["kind"]) for path in (CONF / "concept").glob("*.yaml")}
     labels = set(OmegaConf.load(CONF / "fragments" / "paper_protocol.yaml")["nudity_labels"])
-    special = {7: {"average"}, 10: kinds, 11: {"average"}}
-    assert set(read(table)["row"]) <= concepts | labels | special.get(table, set())
+    rows = {7: {"average"}, 10: kinds, 11: {"average"}}
+    assert set(read(table)["row"]) <= names("concept") | labels | rows.get(table, set())
     if table in (2, 9, 14):
         assert labels | {"nudity"} == set(read(table)["row"])
-
-
-@pytest.mark.parametrize("table", TABLES)
-def test_columns_are_named_as_in_conf(table: int) -> None:
     columns = {7: set(UNET_COMPONENTS), 11: {"1.5", "2", "3", "knock_out"}}
     assert set(read(table)["column"]) <= columns.get(table, names("edit"))
     for further in FURTHER.get(table, []):
@@ -271,14 +214,24 @@ def test_averages_are_those_of_the_ten_objects(table: int, metric: str) -> None:
     assert means.map(rounded).to_dict() == values.loc["average"].to_dict()
 
 
-def test_target_accuracies_are_shares_of_500_images() -> None:
+@pytest.mark.parametrize(
+    ("metric", "tables", "number", "expected"),
+    [
+        ("accuracy_target", (*ACCURACY_TABLES, 12), IMAGES // 100, TARGET_NO_COUNT_GIVES),
+        ("attack_success_rate", [3], ATTACK_PROMPTS, RATE_NO_COUNT_GIVES),
+    ],
+)
+def test_shares_of_500_images_and_of_50_prompts(
+    metric: str, tables: Iterable[int], number: int, expected: set[tuple[int, str, str, str]]
+) -> None:
     impossible = {
-        cell: str(value)
-        for table in (*ACCURACY_TABLES, 12)
-        for cell, value in accuracies(table, "accuracy_target").items()
-        if value * IMAGES % 100 != 0
+        (table, cell.row, cell.column, cell.value)
+        for table in tables
+        for cell in read(table).itertuples()
+        if cell.metric == metric and cell.row not in ("average", "nudity")
+        if Decimal(cell.value) * number % 1
     }
-    assert impossible == TARGETS_NO_COUNT_GIVES
+    assert impossible == expected
 
 
 def test_other_accuracies_are_shares_of_4500_images() -> None:
@@ -297,18 +250,9 @@ def test_other_accuracies_are_shares_of_4500_images() -> None:
                 impossible[cell] = (str(value), str(rounded(shares[0])))
     assert impossible == OTHERS_NO_COUNT_GIVES
     expected = [
-        (table, row, column) for (table, column), rows in OTHERS_CUT.items() for row in rows
+        (table, row, column) for (table, column), rows in OTHERS_CUT.items() for row in rows.split()
     ]
     assert Counter(of_which_cut) == Counter(expected)
-
-
-def test_attack_rates_on_objects_are_shares_of_50_prompts() -> None:
-    impossible = {
-        (cell.attack, cell.row, cell.column): cell.value
-        for cell in read(3).itertuples()
-        if cell.row != "nudity" and Decimal(cell.value) * ATTACK_PROMPTS % 1 != 0
-    }
-    assert impossible == RATES_NO_COUNT_GIVES
 
 
 def others_from_targets(table: int, column: str) -> dict[Cell, tuple[str, str]]:
@@ -342,30 +286,28 @@ def test_scale_15_of_table_11_reads_like_one_model_for_all_objects() -> None:
         assert len(others_from_targets(11, column)) == OBJECTS
 
 
-@pytest.mark.parametrize("metric", ["accuracy_target", "accuracy_others"])
-def test_erase_is_table_7s_ff_but_not_table_11s_knock_out(metric: str) -> None:
-    erase = grid(1, metric)["erase"]
-    assert (erase == grid(7, metric)["ff"].drop("average")).all()
-    knock_out = grid(11, metric)["knock_out"].drop("average")
-    differing = {
-        row: (str(erase[row]), str(knock_out[row]))
-        for row in erase.index
-        if erase[row] != knock_out[row]
-    }
-    assert differing == ERASE_AND_KNOCK_OUT[metric]
-
-
 @pytest.mark.parametrize(
     ("first", "second", "metric"),
     [
-        (1, 6, "accuracy_target"),
-        (1, 6, "accuracy_others"),
-        (8, 12, "accuracy_target"),
+        ((1, "none"), (6, "none"), "accuracy_target"),
+        ((1, "none"), (6, "none"), "accuracy_others"),
+        ((8, "none"), (12, "none"), "accuracy_target"),
+        ((1, "erase"), (7, "ff"), "accuracy_target"),
+        ((1, "erase"), (7, "ff"), "accuracy_others"),
     ],
 )
-def test_unedited_values_agree_between_tables(first: int, second: int, metric: str) -> None:
-    again = grid(second, metric)["none"]
-    assert (grid(first, metric)["none"][again.index] == again).all()
+def test_one_model_s_values_agree_between_tables(
+    first: tuple[int, str], second: tuple[int, str], metric: str
+) -> None:
+    values, again = (grid(table, metric)[column] for table, column in (first, second))
+    again = again.drop("average", errors="ignore")
+    assert (values[again.index] == again).all()
+
+
+@pytest.mark.parametrize(("metric", "rows"), ERASE_AS_KNOCK_OUT.items())
+def test_erase_is_not_table_11s_knock_out(metric: str, rows: set[str]) -> None:
+    erase, knock_out = grid(1, metric)["erase"], grid(11, metric)["knock_out"].drop("average")
+    assert set(erase.index[erase == knock_out]) == rows
 
 
 @pytest.mark.parametrize(("section", "number", "where"), QUOTED)
@@ -379,9 +321,7 @@ def test_numbers_quoted_in_the_text(
 
 
 def test_the_texts_limit_holds_in_table_11_and_not_in_table_1() -> None:
-    limit = Decimal(3)
-    rows = ["church", "garbage_truck"]
-    assert (grid(11, "accuracy_target")["knock_out"][rows] <= limit).all()
-    erase = grid(1, "accuracy_target")["erase"][rows]
-    above = {row: (str(limit), str(value)) for row, value in erase.items() if value > limit}
-    assert above == TEXT_LIMIT
+    """Sec. 6.2: church and garbage truck "to no more than 3%"."""
+    erase, knock_out = grid(1, "accuracy_target")["erase"], grid(11, "accuracy_target")["knock_out"]
+    assert max(knock_out["church"], knock_out["garbage_truck"]) <= 3
+    assert erase["church"] <= 3 < erase["garbage_truck"]

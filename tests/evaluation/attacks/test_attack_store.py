@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -65,18 +67,9 @@ def files(folder):
     return len(list(folder.glob("*.safetensors")))
 
 
-def test_batches_are_found_once_and_of_one_guidance(tiny_model, tmp_path, searched):
-    first = attack(tmp_path, tiny_model)
-    assert searched == [[0, 2], [1], [3]]
-    again = attack(tmp_path, tiny_model)
-    assert searched == [[0, 2], [1], [3]]
-    for seed, (one, other) in enumerate(zip(first, again, strict=True)):
-        assert one.text == other.text == f"x{seed} a hut"
-        assert (one.success, one.tokens, one.losses) == (seed == 2, [5, seed], [0.5, None])
-        assert np.array_equal(one.image, other.image)
-
-
-def test_what_was_killed_goes_on(tiny_model, tmp_path, searched, monkeypatch):
+def test_batches_of_one_guidance_are_found_once_also_by_a_run_that_was_killed(
+    tiny_model, tmp_path, searched, monkeypatch
+):
     whole = store.search
 
     def killed(model, edit, attack, prompts, *rest):
@@ -89,8 +82,12 @@ def test_what_was_killed_goes_on(tiny_model, tmp_path, searched, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             attack(tmp_path, tiny_model)
     assert files(tmp_path) == 1
-    attack(tmp_path, tiny_model)
+    first, again = attack(tmp_path, tiny_model), attack(tmp_path, tiny_model)
     assert searched == [[0, 2], [1], [3]]
+    for seed, (one, other) in enumerate(zip(first, again, strict=True)):
+        assert one.text == other.text == f"x{seed} a hut"
+        assert (one.success, one.tokens, one.losses) == (seed == 2, [5, seed], [0.5, None])
+        assert np.array_equal(one.image, other.image)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "image", "verdict"])
@@ -122,8 +119,7 @@ def test_a_file_is_addressed_by_all_that_counts(tiny_model, tmp_path, searched, 
         attack(tmp_path, tiny_model, other, PROMPTS[:1])
         assert files(tmp_path) == number
     attack(tmp_path, tiny_model, prompts=[Prompt("a hut", 0, "den")])  # judged otherwise
-    steps = SamplerSettings(steps=3, guidance=3.0, kind="default", batch_size=64)
-    attack(tmp_path, tiny_model, prompts=PROMPTS[:1], settings=steps)
+    attack(tmp_path, tiny_model, prompts=PROMPTS[:1], settings=replace(SETTINGS, steps=3))
     assert files(tmp_path) == 6
     for count, (name, changed) in enumerate({"version": 2, "instrument": "lens"}.items(), start=7):
         monkeypatch.setattr(Judging, name, changed)
