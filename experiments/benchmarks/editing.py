@@ -106,12 +106,8 @@ def measure_case(experiment: Experiment, model: DiffusionModel) -> dict[str, Any
         if isinstance(method, ScoredEdit):
             method.store = Store(scratch)  # scores of earlier runs would cost nothing
         edit = method(model, *experiment.concepts)
-        found = {
-            "seconds": edit.cost.seconds,
-            "peak_memory_mb": edit.cost.peak_memory_mb,
-            "memory_kind": edit.cost.memory_kind,
-            "weights": edit.num_weights,
-        }
+        costs = ("seconds", "peak_memory_mb", "memory_kind")
+        found = {key: getattr(edit.cost, key) for key in costs} | {"weights": edit.num_weights}
         if isinstance(method, ScoredEdit):
             objective = method.objective(experiment.concepts[0])
             scores = method.scored(model, objective).scores
@@ -135,20 +131,19 @@ def median_ms(task: Callable[[], object]) -> float:
 
 def as_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """The rows in words; a case that failed has its reason in the last column."""
-    return pd.DataFrame([_cells(row) for row in rows]).fillna("")
-
-
-def _cells(row: Mapping[str, Any]) -> dict[str, str]:
-    cells = {"case": row["case"], "dtype": row["dtype"]}
-    if "error" in row:
-        return cells | {"seconds": DASH, "error": row["error"]}
-    return cells | {
-        "seconds": f"{row['seconds']:.1f}",
-        f"peak memory, MB ({row['memory_kind']})": f"{row['peak_memory_mb']:,.0f}",
-        "weights changed": f"{row['weights']:,}",
-        "file, MB": f"{row['file_mb']:.2f}",
-        **{f"{step}, ms": f"{row[step]:.1f}" if step in row else DASH for step in STEPS},
-    }
+    shown = []
+    for row in rows:
+        cells = {"case": row["case"], "dtype": row["dtype"], "seconds": DASH}
+        if "error" in row:
+            shown.append(cells | {"error": row["error"]})
+            continue
+        cells["seconds"] = f"{row['seconds']:.1f}"
+        cells[f"peak memory, MB ({row['memory_kind']})"] = f"{row['peak_memory_mb']:,.0f}"
+        cells["weights changed"] = f"{row['weights']:,}"
+        cells["file, MB"] = f"{row['file_mb']:.2f}"
+        cells |= {f"{step}, ms": f"{row[step]:.1f}" if step in row else DASH for step in STEPS}
+        shown.append(cells)
+    return pd.DataFrame(shown).fillna("")
 
 
 def free_memory() -> None:

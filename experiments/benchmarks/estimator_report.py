@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
+from itertools import cycle
 
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
+from experiments.run.curves import BLACK, BLUE, GREEN, ORANGE, SKY, new_canvas, save
 from experiments.run.rendering import DASH
 
 QUALITIES = {"rank_correlation": "rank correlation", "mask_overlap": "mask overlap"}
-# Okabe and Ito's colours, which colour-blind readers can tell apart
-STYLES = (("#D55E00", "o"), ("#000000", "D"), ("#56B4E9", "^"), ("#0072B2", "s"), ("#009E73", "v"))
+STYLES = ((ORANGE, "o"), (BLACK, "D"), (SKY, "^"), (BLUE, "s"), (GREEN, "v"))
 
 
 def summarise(rows: pd.DataFrame) -> pd.DataFrame:
@@ -91,21 +90,18 @@ def _cheapest(row: pd.Series, others: pd.DataFrame, column: str) -> dict[str, st
 
 def draw(summary: pd.DataFrame, reference: str) -> bytes:
     """PNG of quality against wall time: one panel per quality, one line per estimator."""
-    figure = Figure(figsize=(8.8, 3.8), layout="constrained")
-    panels = figure.subplots(1, len(QUALITIES))
+    canvas = new_canvas(8.8, 3.8)
+    panels = canvas.subplots(1, len(QUALITIES))
     for panel, (quality, words) in zip(panels, QUALITIES.items(), strict=True):
         _draw_panel(panel, summary, f"{quality}.{reference}")
         panel.set(xlabel="wall time, s", ylabel=f"{words} with many samples ({reference})")
     panels[0].legend(fontsize="small")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
-    return buffer.getvalue()
+    return save(canvas)["png"]
 
 
 def _draw_panel(panel: Axes, summary: pd.DataFrame, column: str) -> None:
     groups = summary.groupby("estimator", sort=False)
-    for number, (name, group) in enumerate(groups):
-        colour, marker = STYLES[number % len(STYLES)]
+    for (colour, marker), (name, group) in zip(cycle(STYLES), groups, strict=False):
         panel.errorbar(
             group["seconds"],
             group[column],
@@ -115,8 +111,7 @@ def _draw_panel(panel: Axes, summary: pd.DataFrame, column: str) -> None:
             capsize=2,
             label=str(name).replace("_", " "),
         )
-        for _, row in group.iterrows():
-            place = (row["seconds"], row[column])
-            panel.annotate(str(row["samples"]), place, fontsize="x-small", color=colour)
+        for samples, x, y in group[["samples", "seconds", column]].itertuples(index=False):
+            panel.annotate(str(samples), (x, y), fontsize="x-small", color=colour)
     panel.set_xscale("log")
     panel.xaxis.set_major_formatter("{x:g}")

@@ -9,8 +9,8 @@ ratio that the trial chooses too. `restart`, deterministic, is the released esti
 walks once through every timestep. Trials take turns, round by round, so that other load on the
 machine meets them all.
 
-Scores are kept below the output folder, so a stopped benchmark goes on where it was. Trials made
-earlier keep the times they took then; the caption says how many there are.
+Scores are kept below the output folder, so a stopped benchmark goes on where it was, with the times
+that trials took then; the caption says how many there are.
 """
 
 from __future__ import annotations
@@ -28,30 +28,27 @@ import hydra
 import pandas as pd
 import torch
 from omegaconf import DictConfig
+from scipy.stats import spearmanr
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from cad.attribution import Attribution, attribute
+from cad.edits import ScoredEdit
 from cad.errors import UserError
 from cad.files import write_atomically
 from cad.models.base import DiffusionModel
 from cad.models.pretrained import Pretrained
 from cad.objectives import Objective
 from cad.store import Store
-from experiments.benchmarks.estimator_report import (
-    cost_table,
-    draw,
-    equal_quality_table,
-    summarise,
-)
-from experiments.benchmarks.measuring import agree, require_scored, timer, write_benchmark
+from experiments.benchmarks import estimator_report as report
+from experiments.benchmarks.measuring import timer, write_benchmark
 from experiments.run.command_line import exit_status
 from experiments.run.configuration import plain, register_resolvers
 from experiments.run.experiment import prepare
 from experiments.run.rendering import show_table
 
-NAME = "estimators"
 SIZES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192)}  # rows of the matrices multiplied
 
 register_resolvers()
@@ -71,7 +68,9 @@ class Trial:
 )
 def main(config: DictConfig) -> None:
     experiment = prepare(config)
-    method = require_scored(experiment.method)
+    method = experiment.method
+    if not isinstance(method, ScoredEdit):
+        raise UserError(f"edit={method.name} has no attribution; choose erase, amplify or rescale")
     trials = list_trials(config, method.attribution)  # first: mistakes are told before the work
     model, objective = experiment.model.load(), method.objective(experiment.concepts[0])
     scored = functools.partial(attribute, model, objective, store=Store(f"{config.output}/scores"))
@@ -102,20 +101,16 @@ def main(config: DictConfig) -> None:
 
 
 def list_trials(config: DictConfig, attribution: Attribution) -> list[Trial]:
-    """All trials, one round after another. UserError for settings that do not exist.
-
-    Raises UserError, too, where one sample of the baseline is not among them.
-    """
+    """All trials, one round after another. UserError if one sample of the baseline is not there."""
     trials = [
         Trial(name, turn, change(attribution, settings | {"samples": count, "seed": seed}))
         for turn, seed in enumerate(range(attribution.seed, attribution.seed + config.rounds))
         for name, settings in plain(config.estimators).items()
         for count in settings["samples"]
     ]
-    if not any((t.estimator, t.attribution.samples) == (config.baseline, 1) for t in trials):
-        raise UserError(
-            f"baseline={config.baseline} needs estimators.{config.baseline}.samples=[1]"
-        )
+    name = config.baseline
+    if not any((trial.estimator, trial.attribution.samples) == (name, 1) for trial in trials):
+        raise UserError(f"baseline={name} needs estimators.{name}.samples=[1]")
     return trials
 
 
@@ -153,6 +148,22 @@ def flop_counter(
     return flops
 
 
+def agree(
+    reference: Mapping[str, Tensor], other: Mapping[str, Tensor], method: ScoredEdit
+) -> dict[str, float]:
+    """How far scores {name: (out, in)} of the same weights agree, at most 1.
+
+    "rank_correlation" is Spearman's, over all scores; "mask_overlap" is the share of the weights
+    which `method` would choose by the reference that it chooses by the other scores, too.
+    """
+    flat = [torch.cat([each[name].flatten() for name in reference]) for each in (reference, other)]
+    masks = [method.selection.indices(each, method.sign) for each in (reference, other)]
+    chosen = sum(len(indices) for indices in masks[0].values())
+    shared = masks[0].keys() & masks[1].keys()
+    both = sum(int(torch.isin(masks[0][name], masks[1][name]).sum()) for name in shared)
+    return {"rank_correlation": float(spearmanr(*flat).statistic), "mask_overlap": both / chosen}
+
+
 def shorten(attribution: Attribution) -> Attribution:
     """Two steps of one batch: further steps and batches need no more memory than these."""
     samples = min(attribution.samples, attribution.batch_size)
@@ -184,7 +195,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 def write(config: DictConfig, rows: Sequence[Mapping[str, Any]], model: DiffusionModel) -> None:
     """Write estimators.md, .json and .png, and who is as good for less in a table of its own."""
-    summary = summarise(pd.DataFrame(rows))
+    summary = report.summarise(pd.DataFrame(rows))
     references, baseline = list(config.references), config.baseline
     rate = matrix_rate(model.device, model.dtype)
     what = f"{config.concept.name} in model={model.name}, {config.component} weights"
@@ -193,16 +204,16 @@ def write(config: DictConfig, rows: Sequence[Mapping[str, Any]], model: Diffusio
         f"{sum(row['cached'] for row in rows)} of {len(rows)} times from an earlier run; the "
         f"machine multiplies matrices at {rate / 1e9:.0f} GFLOP/s"
     )
-    path = Path(config.output) / NAME
-    costs = cost_table(summary, references, rate, baseline)
+    path = Path(config.output) / "estimators"
+    costs = report.cost_table(summary, references, rate, baseline)
     write_benchmark(path, caption, rows, costs, model.device)
     show_table(costs, caption)
-    equal = equal_quality_table(summary, references, baseline)
+    equal = report.equal_quality_table(summary, references, baseline)
     caption = f"The cheapest that is at least as good, of {what}"
-    path_of_equal = path.with_name(f"{NAME}_equal_quality")
+    path_of_equal = path.with_name(f"{path.name}_equal_quality")
     write_benchmark(path_of_equal, caption, equal.to_dict("records"), equal, model.device)
     show_table(equal, caption)
-    write_atomically(path.with_suffix(".png"), draw(summary, references[0]))
+    write_atomically(path.with_suffix(".png"), report.draw(summary, references[0]))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ import torch
 from numpy.typing import NDArray
 from omegaconf import DictConfig
 
-from cad.models.base import DiffusionModel
 from cad.models.pretrained import Pretrained
 from evaluation.generation import generate
 from evaluation.image_sets import ImageSet
@@ -44,14 +43,15 @@ def main(config: DictConfig) -> None:
     pretrained: Pretrained = build(config.model.adapter)
     model, prompts = pretrained.load(), build_prompts(build(config.prompts))
     settings = build(config.model.sampler, SamplerSettings)
-    pipeline = plain_pipeline(model, pretrained)
-    with tempfile.TemporaryDirectory() as scratch:
+    pipeline, _ = pretrained.pipeline(model.device, model.dtype)  # as diffusers loads it
+    pipeline.set_progress_bar_config(disable=True)
+    with tempfile.TemporaryDirectory() as scratch:  # a set in a folder of its own is made anew
 
         def loop(batch_size: int) -> NDArray[np.int64]:
-            return plain_images(pipeline, prompts, settings, batch_size, new_folder(scratch))
+            return plain_images(pipeline, prompts, settings, batch_size, scratch)
 
         def generator() -> ImageSet:
-            return generate(model, prompts, settings, new_folder(scratch))
+            return generate(model, prompts, settings, Path(tempfile.mkdtemp(dir=scratch)))
 
         tasks: dict[str, Callable[[], object]] = {
             "plain loop": lambda: loop(1),
@@ -75,24 +75,12 @@ def main(config: DictConfig) -> None:
     show_table(table, caption)
 
 
-def new_folder(scratch: str) -> Path:
-    """An empty folder; without one, an image set would not be made a second time."""
-    return Path(tempfile.mkdtemp(dir=scratch))
-
-
-def plain_pipeline(model: DiffusionModel, pretrained: Pretrained) -> Any:
-    """The pipeline as diffusers loads it, in the model's dtype and on its device."""
-    pipeline, _ = pretrained.pipeline(model.device, model.dtype)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
 def plain_images(
     pipeline: Any,
     prompts: Sequence[Prompt],
     settings: SamplerSettings,
     batch_size: int,
-    folder: Path,
+    folder: str,
 ) -> NDArray[np.int64]:
     """The pipeline's own images, (N, H, W, 3), each saved as a PNG file in the folder."""
     images: list[Any] = []
@@ -105,7 +93,7 @@ def plain_images(
             generator=[torch.Generator().manual_seed(prompt.seed) for prompt in batch],
         ).images
     for index, image in enumerate(images):
-        image.save(folder / f"{index:06d}.png")
+        image.save(Path(folder, f"{index:06d}.png"))
     return np.stack([np.asarray(image, dtype=np.int64) for image in images])
 
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: how they time, how they compare scores, and the files they write."""
+"""What the benchmarks share: how they time, and the files they write."""
 
 from __future__ import annotations
 
@@ -9,13 +9,9 @@ from typing import Any
 
 import pandas as pd
 import torch
-from scipy.stats import spearmanr
-from torch import Tensor
 from torch.utils.benchmark import Measurement, Timer
 from tqdm import tqdm
 
-from cad.edits import Edit, ScoredEdit
-from cad.errors import UserError
 from cad.files import write_atomically
 from experiments.run.environment import describe_environment
 from experiments.run.rendering import to_markdown
@@ -38,37 +34,6 @@ def take_turns(tasks: Mapping[str, Callable[[], object]], rounds: int) -> dict[s
         for name, each in timers.items():
             measured[name].append(each.blocked_autorange(min_run_time=0.0))
     return {name: Measurement.merge(each)[0] for name, each in measured.items()}
-
-
-def agree(
-    reference: Mapping[str, Tensor], other: Mapping[str, Tensor], method: ScoredEdit
-) -> dict[str, float]:
-    """How far scores {name: (out, in)} of the same weights agree, at most 1.
-
-    "rank_correlation" is Spearman's, over all scores; "mask_overlap" is the share of the weights
-    which `method` would choose by the reference that it chooses by the other scores, too.
-    """
-    flat = [torch.cat([each[name].flatten() for name in reference]) for each in (reference, other)]
-    masks = [method.selection.indices(each, method.sign) for each in (reference, other)]
-    chosen = sum(len(indices) for indices in masks[0].values())
-    both = sum(
-        int(torch.isin(indices, masks[1][name]).sum())
-        for name, indices in masks[0].items()
-        if name in masks[1]
-    )
-    return {
-        "rank_correlation": float(spearmanr(*flat).statistic),
-        "mask_overlap": both / chosen,
-    }
-
-
-def require_scored(method: Edit) -> ScoredEdit:
-    """The method itself. UserError if it does not choose weights by attribution scores."""
-    if isinstance(method, ScoredEdit):
-        return method
-    raise UserError(
-        f"edit={method.name} has no attribution to measure; choose erase, amplify or rescale"
-    )
 
 
 def write_benchmark(

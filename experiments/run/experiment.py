@@ -161,7 +161,7 @@ def run(experiment: Experiment) -> Path:
 def _make(experiment: Experiment, work: Path) -> None:
     """Fill the folder `work` with the result."""
     model = experiment.model.load()
-    prompts = read_prompts(experiment.cfg, experiment.prompt_sets, experiment.targets)
+    prompts = read_prompts(experiment.cfg, experiment.prompt_sets)
     _check_loaded(experiment, model, prompts)
     edit = _make_edit(experiment, model, work)
     effect = _report_effects(experiment, model, work)

@@ -48,24 +48,23 @@ def needed_prompts(cfg: DictConfig, evaluators: Sequence[Evaluator]) -> dict[str
     return needed
 
 
-def read_prompts(
-    cfg: DictConfig, prompt_sets: Mapping[str, PromptSet], targets: Sequence[str]
-) -> Prompts:
+def read_prompts(cfg: DictConfig, prompt_sets: Mapping[str, PromptSet]) -> Prompts:
     """The sets' prompts up to the limits; files are downloaded the first time.
 
     Raises UserError where a target is not among the groups of prompts for concepts.
     """
+    targets = [concept.name for concept in cfg.concepts.values()]
     found = {}
     for use, prompt_set in prompt_sets.items():
         prompts = build_prompts(prompt_set)
         groups = dict.fromkeys(prompt.group for prompt in prompts)
-        missing = [target for target in targets if use != GENERAL and target not in groups]
-        if missing:
-            raise UserError(
-                f"concept={','.join(missing)} has no images in the prompts {prompt_set.name}, "
-                f"whose groups are: {', '.join(groups)}. Choose a concept among them, or other "
-                f"prompts, such as {adding(cfg.concepts[missing[0]])}"
-            )
+        for concept in cfg.concepts.values():
+            if use != GENERAL and concept.name not in groups:
+                raise UserError(
+                    f"concept={concept.name} has no images in the prompts {prompt_set.name}, whose "
+                    f"groups are: {', '.join(groups)}. Choose a concept among them, or other "
+                    f"prompts, such as {adding(concept)}"
+                )
         found[use] = take_in_turn(prompts, targets, cfg.limit)
         if use == ATTACKED:
             found[use] = take_of_targets(found[use], targets, cfg.attack.limit)

@@ -29,6 +29,7 @@ from experiments.run.results import read_json, write_json
 LINK = "result.json"
 SCOPES = ("target", "others", "general")
 SERIES = ["model", "concept", "edit", "component", "per", "seed", "metric"]
+SETTINGS = {*SERIES, "ratio"}  # shown where runs differ in them
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,8 @@ def summarise(folder: Path) -> bool:
         write_atomically(folder / "sweep.csv", frame.to_csv(index=False).encode())
         table = sweep_table(results)
         write_atomically(folder / "table.md", to_markdown(table).encode())
-        show_table(table, f"{len(results)} run{'s' if len(results) > 1 else ''}")
+        told = [key for key in table if key not in SETTINGS or table[key].nunique() > 1]
+        show_table(table[told], f"{len(results)} run{'s' if len(results) > 1 else ''}")
         series = ratio_series(frame)
         for ending, content in (save(draw_ratios(series)) if series else {}).items():
             write_atomically(folder / f"plot.{ending}", content)

@@ -6,6 +6,7 @@ import csv
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,6 @@ class ResultReader:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.metrics: dict[str, Any] = read_json(folder / "metrics.json")
-        self._records: dict[str, list[Record]] | None = None
 
     def read(self, shown: ShownMetric) -> Metric | None:
         """The metric after the edit, or of the unedited model where there was none."""
@@ -123,33 +123,28 @@ class ResultReader:
         if row is None:
             return None
         metric = Metric(**{name: row[name] for name in METRIC_FIELDS})
-        found: Interval | None = None
         if shown.label is not None:
-            found = totals_by_label(self._detected(state), [shown.label])[shown.label]
-        elif shown.change:
-            found = Interval(0.0, math.nan, math.nan) if unedited else self._change()
-            metric = replace(metric, unit="%")
-        else:
+            total = totals_by_label(self._detections[state], [shown.label])[shown.label]
+            return replace(metric, **total._asdict())
+        if not shown.change:
             return metric
-        return None if found is None else replace(metric, **found._asdict())
-
-    def _change(self) -> Interval | None:
-        before, after = (self._detected(state) for state in ("before", "after"))
-        return relative_change([each["count"] for each in before], [e["count"] for e in after])
+        counts = [[each["count"] for each in found] for found in self._detections.values()]
+        change = Interval(0.0, math.nan, math.nan) if unedited else relative_change(*counts)
+        return None if change is None else replace(metric, unit="%", **change._asdict())
 
     def _cost(self, key: str) -> Metric:
         cost = read_json(self._folder / "cost.json")
         unit = "s" if key == "seconds" else f"MB, {cost['memory_kind']}"
         return Metric(key, cost[key], math.nan, math.nan, 1, unit, 1, False, "")
 
-    def _detected(self, state: str) -> list[Record]:
-        """The records of the detections on the targets' images, in the images' order."""
-        if self._records is None:
-            self._records = {"before": [], "after": []}
-            for record in read_lines(self._folder / RECORDS):
-                if record["metric"] == NUDITY and record["group"] in self.metrics["concepts"]:
-                    self._records[record["state"]].append(record)
-        return self._records[state]
+    @cached_property
+    def _detections(self) -> dict[str, list[Record]]:
+        """By state, the records of the detections on the targets' images, in their order."""
+        found: dict[str, list[Record]] = {"before": [], "after": []}
+        for record in read_lines(self._folder / RECORDS):
+            if record["metric"] == NUDITY and record["group"] in self.metrics["concepts"]:
+                found[record["state"]].append(record)
+        return found
 
 
 def relative_change(before: Sequence[int], after: Sequence[int]) -> Interval | None:

@@ -182,15 +182,13 @@ def filtered(runs: Sequence[ListedRun], text: str, exhibit: Exhibit) -> list[Lis
 
     Raises UserError for an axis or a value that the exhibit does not have.
     """
-    for word in text.split():
-        axis, _, wanted = word.partition("=")
-        if axis not in exhibit.axes:
-            known = ", ".join(exhibit.axes)
-            raise UserError(f"making.filter={text!r}: no axis {axis!r}; choose from {known}")
-        unknown = [value for value in wanted.split(",") if value not in exhibit.axes[axis]]
+    for axis, _, wanted in (word.partition("=") for word in text.split()):
+        values = exhibit.axes.get(axis, {})
+        unknown = [value for value in wanted.split(",") if value not in values]
         if unknown:
-            known = ", ".join(exhibit.axes[axis])
-            raise UserError(f"making.filter={text!r}: {axis} has no {unknown[0]!r}, but {known}")
+            what = f"{axis} {unknown[0]!r}" if values else f"axis {axis!r}"
+            known = ", ".join(values or exhibit.axes)
+            raise UserError(f"making.filter={text!r}: no {what}; choose from {known}")
         runs = [run for run in runs if run.place[axis] in wanted.split(",")]
     return list(runs)
 
@@ -200,14 +198,15 @@ def with_methods(exhibit: Exhibit, text: str) -> Exhibit:
 
     Raises UserError for an exhibit without such an axis.
     """
-    if text and EDIT not in exhibit.axes:
-        axes = ", ".join(exhibit.axes)
-        raise UserError(f"making.methods={text}: {exhibit.called} has no axis of edits, but {axes}")
-    known = exhibit.axes.get(EDIT, {})
+    if not text:
+        return exhibit
+    known = exhibit.axes.get(EDIT)
+    if known is None:
+        raise UserError(f"making.methods={text}: {exhibit.called} has no axis of edits")
+    kept = known if text.startswith("+") else {}
     names = text.removeprefix("+").split(",")
-    edits = {name: known.get(name, [f"{EDIT}={name}"]) for name in names}
-    edits = known | edits if text.startswith("+") else edits
-    return replace(exhibit, axes=exhibit.axes | {EDIT: edits}) if text else exhibit
+    chosen = {name: known.get(name, [f"{EDIT}={name}"]) for name in names}
+    return replace(exhibit, axes=exhibit.axes | {EDIT: kept | chosen})
 
 
 def _models(file: Mapping[str, Any], model: str | None, fast: bool) -> list[str]:
@@ -228,14 +227,13 @@ def _models(file: Mapping[str, Any], model: str | None, fast: bool) -> list[str]
 def _check_axes(exhibit: Exhibit) -> None:
     """Raise UserError for an axis that is not there, or that a table's layout leaves out."""
     sizes = {axis: len(values) for axis, values in exhibit.axes.items()}
-    named = [axis for when in exhibit.skip.values() for axis in when]
+    named: list[str | None] = [axis for when in exhibit.skip.values() for axis in when]
     laid_out = list(sizes)
     if isinstance(exhibit, Table):
         sizes[METRIC] = len(exhibit.metrics)
         laid_out = [*exhibit.rows, *exhibit.columns]
-        named += [*laid_out, *exhibit.paper.values()]
-        named += [axis for axis in (exhibit.compare, exhibit.average) if axis is not None]
-    unknown = [axis for axis in named if axis not in sizes]
+        named += [*laid_out, *exhibit.paper.values(), exhibit.compare, exhibit.average]
+    unknown = [axis for axis in named if axis is not None and axis not in sizes]
     if unknown:
         raise UserError(
             f"{exhibit.called}: {', '.join(unknown)} is no axis; the axes are {', '.join(sizes)}"

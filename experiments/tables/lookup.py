@@ -6,19 +6,16 @@ A result is found by its run's identity, so a run is composed and prepared to be
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
 import platform
 import sysconfig
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra.core.hydra_config import HydraConfig
 
 from cad.files import write_atomically
@@ -62,14 +59,13 @@ def look_up(run: ListedRun, compose: Compose, names: RunNames) -> ListedRun:
 class RunNames:
     """Names of result folders by the overrides of their runs, kept in `<runs>/.names.json`.
 
-    They hold for one state of code, configuration, libraries and machine, and are forgotten with
-    it. What lies outside of these, such as a model's folder that an override names, may change
-    unseen: only `status` believes what is written here.
+    They hold for one state of code, configuration, libraries and machine. What lies outside, such
+    as a model's folder that an override names, may change unseen: `status` alone believes them.
     """
 
     def __init__(self, runs: Path, folders: Sequence[str] = ()) -> None:
         self.runs = runs
-        self.results = [path.name for path in runs.glob("*-*")]
+        self._labels = {path.name.rpartition("-")[0] for path in runs.glob("*-*")}
         self._path = runs / ".names.json"
         self._stamp = _stamp([*(REPOSITORY / name for name in CODE), CONF, *map(Path, folders)])
         self._names = self._read()
@@ -78,13 +74,12 @@ class RunNames:
         """The run as `look_up` has it, but composed only if its result may be there unnoted."""
         name = self._names.get(_key(run))
         if name is not None:
-            done = (self.runs / name / "manifest.json").exists()
-            return replace(run, result=self.runs / name if done else None)
+            there = (self.runs / name / "manifest.json").exists()
+            return replace(run, result=self.runs / name if there else None)
         chosen = DEFAULTS | options(run.overrides)
         concepts = chosen["concept"].strip("[]").replace(",", "+")
         label = f"{chosen['model']}-{concepts}-{chosen['edit']}"
-        alike = (self.runs / each for each in self.results if each.rpartition("-")[0] == label)
-        return look_up(run, compose, self) if any(_fits(each, run) for each in alike) else run
+        return look_up(run, compose, self) if label in self._labels else run
 
     def note(self, run: ListedRun, name: str) -> None:
         """Remember the name of a run's folder; `save` writes it down."""
@@ -118,25 +113,3 @@ def _stamp(folders: Sequence[Path]) -> str:
     known += sorted(path.name for path in Path(sysconfig.get_path("purelib")).glob("*.dist-info"))
     known += [platform.node(), os.environ.get("CUDA_VISIBLE_DEVICES")]
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()
-
-
-def _fits(result: Path, run: ListedRun) -> bool:
-    """Whether a result's configuration has the numbers, booleans and {} that the overrides name."""
-    for key, text in options(run.overrides).items():
-        found = _configuration(result)
-        for part in key.lstrip("+").split("."):
-            found = found.get(part) if isinstance(found, dict) else None
-        with suppress(yaml.YAMLError):
-            value = yaml.safe_load(text)
-            if isinstance(value, bool | int | float | dict) and found != value:
-                return False
-    return True
-
-
-@functools.cache
-def _configuration(result: Path) -> Any:
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the other is ten times slower
-    try:
-        return yaml.load((result / "config.yaml").read_text(encoding="utf-8"), loader)
-    except OSError:
-        return None

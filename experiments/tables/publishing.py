@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from markdown_it import MarkdownIt
 from cad.errors import UserError
 from cad.files import write_atomically
 from experiments.run.results import read_json, write_json
-from experiments.tables.exhibit import STATES, Exhibit, ListedRun
+from experiments.tables.exhibit import Exhibit, ListedRun
 from experiments.tables.notes import origins
 
 TEMPLATE = "page.html.j2"
@@ -55,19 +56,25 @@ def publish(
     Raises UserError, and writes nothing, where what is there has more of these places filled.
     """
     facts = folder / f"{exhibit.name}.json"
-    _check_no_emptier(facts, rendering)
+    there = set(read_json(facts).get("filled", ())) if facts.exists() else set()
+    before, now = len(there & rendering.filled.keys()), sum(rendering.filled.values())
+    if now < before:
+        raise UserError(
+            f"{facts.with_suffix('.md')} has {before} of its {len(rendering.filled)} places filled "
+            f"and would have {now}: it is left as it is. Delete {facts.name}, or render elsewhere "
+            "with paths.results=DIR, if the emptier one is wanted"
+        )
     paths = {ending: folder / f"{exhibit.name}.{ending}" for ending in (*rendering.files, "html")}
     for ending, content in rendering.files.items():
         write_atomically(paths[ending], content)
     whole = page(exhibit.full_title, [read_section(paths["md"])])
     write_atomically(paths["html"], whole.encode())
-    states = [run.state for run in runs]
     known = {
         "models": list(exhibit.models),
         "fast": exhibit.fast,
-        "runs": {state: states.count(state) for state in STATES},
+        "runs": Counter(run.state for run in runs),
         "made": origins(runs),
-        "filled": [place for place, there in rendering.filled.items() if there],
+        "filled": [place for place, filled in rendering.filled.items() if filled],
     }
     write_json(facts, known)
     return paths
@@ -94,14 +101,3 @@ def page(title: str, sections: Iterable[Section], lead: Sequence[str] = ()) -> s
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
     )
     return environment.get_template(TEMPLATE).render(title=title, sections=sections, lead=lead)
-
-
-def _check_no_emptier(facts: Path, rendering: Rendering) -> None:
-    filled = set(read_json(facts).get("filled", ())) if facts.exists() else set()
-    before, now = len(filled & rendering.filled.keys()), sum(rendering.filled.values())
-    if now < before:
-        raise UserError(
-            f"{facts.with_suffix('.md')} has {before} of its {len(rendering.filled)} places filled "
-            f"and would have {now}: it is left as it is. Delete {facts.name}, or render elsewhere "
-            "with paths.results=DIR, if the emptier one is wanted"
-        )

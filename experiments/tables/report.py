@@ -24,7 +24,7 @@ from cad.files import write_atomically
 from experiments.run.command_line import exit_status
 from experiments.run.configuration import REPOSITORY
 from experiments.run.results import read_json
-from experiments.tables.exhibit import MINIATURE, STATES
+from experiments.tables.exhibit import MINIATURE
 from experiments.tables.publishing import Section, page, read_section
 
 PAPER = "Unveiling Concept Attribution in Diffusion Models"
@@ -85,10 +85,10 @@ def write_report(folder: Path, model: str | None, shipped: Path = SHIPPED) -> Pa
 
 def _with_progress(section: Section, facts: Mapping[str, Any] | None) -> Section:
     """The section with how many of its runs are done, for the index; nothing if all are."""
-    runs = {} if facts is None else facts["runs"]
-    if runs.get("done") == sum(runs.values()):
+    done, whole = (facts["runs"].get("done", 0), sum(facts["runs"].values())) if facts else (0, 1)
+    if done == whole:
         return section
-    progress = f"{runs['done']} of {sum(runs.values())} runs" if facts else "as shipped"
+    progress = f"{done} of {whole} runs" if facts else "as shipped"
     return replace(section, called=f"{section.called} ({progress})")
 
 
@@ -102,12 +102,6 @@ def _lead(sections: Sequence[Section], made: Sequence[Mapping[str, Any]]) -> lis
     )
     if len(made) < len(sections):
         text += f" {len(sections) - len(made)} are as they came with the repository."
-    if made:
-        done, missing, refused = (sum(each["runs"][state] for each in made) for state in STATES)
-        text += (
-            f" Of the runs of the others, counted in each that shows them, {done} are done, "
-            f"{missing} are still to be run and {refused} cannot be."
-        )
     origins = sorted({origin for each in made for origin in each["made"]})
     text += f" Run {'; '.join(origins)}." if origins else ""
     if any(each["fast"] for each in made):

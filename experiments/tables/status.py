@@ -27,7 +27,7 @@ from experiments.run.configuration import CONF, REPOSITORY, Compose, composer
 from experiments.tables.exhibit import MINIATURE, SCHEMAS, STATES, Exhibit, ListedRun, read_exhibit
 from experiments.tables.lookup import DEFAULTS, RunNames, option_folders, options
 
-HEADINGS = ("of", *STATES, "editing", "files")
+HEADINGS = ("", "of", *STATES, "editing", "files")
 CAPTION = "editing: of missing runs, by finished edits of the same model and method"
 DASH = "–"
 
@@ -39,7 +39,6 @@ def main(config: DictConfig) -> None:
     paths = [each for each in given if each.startswith("paths.")]
     names = RunNames(Path(config.paths.runs), folders)
     table = Table(caption=CAPTION, caption_justify="left")
-    table.add_column("")
     for heading in HEADINGS:
         table.add_column(heading, no_wrap=True)
     with composer(folders) as compose:
@@ -76,17 +75,15 @@ def line(exhibit: Exhibit, runs: Sequence[ListedRun], paths: DictConfig) -> list
     seconds = [editing_seconds(Path(paths.runs), each["model"], each["edit"]) for each in edits]
     known = [each for each in seconds if each is not None]
     least = "≥ " if len(known) < len(seconds) else ""
-    folders = {
-        "made": Path(paths.results) / "reproduction",
-        "shipped": REPOSITORY / "results" / MINIATURE,
-    }
-    files = [key for key, each in folders.items() if (each / f"{exhibit.name}.md").exists()]
+    file = f"{exhibit.name}.md"
+    made = Path(paths.results, "reproduction", file).exists()
+    shipped = (REPOSITORY / "results" / MINIATURE / file).exists()
     return [
         exhibit.called,
         ", ".join(exhibit.models),
         *(str(states[state]) for state in STATES),
         f"{least}{sum(known):,.0f} s" if known else DASH,
-        files[0] if files else DASH,
+        "made" if made else "shipped" if shipped else DASH,
     ]
 
 

@@ -46,11 +46,8 @@ def kill_job(process: subprocess.Popen[str], number: int, sweep: Path) -> None:
         assert process.poll() is None
         assert time.monotonic() < end
         time.sleep(0.01)
-    jobs = [
-        child
-        for child in psutil.Process(process.pid).children(recursive=True)
-        if JOB in child.cmdline()
-    ]
+    children = psutil.Process(process.pid).children(recursive=True)
+    jobs = [child for child in children if JOB in child.cmdline()]
     os.kill(min(jobs, key=lambda job: job.parent().pid).pid, signal.SIGKILL)
 
 

@@ -17,15 +17,13 @@ from typing import Any
 
 import pytest
 from hub_cache import write_hub_cache
-from omegaconf import DictConfig
 from standins import write_standins
 
 from cad.errors import UserError
 from cad.models.base import DiffusionModel
 from cad.models.stable_diffusion import StableDiffusionModel
 from cad.weight_edit import WeightEdit
-from experiments.run import configuration
-from experiments.run.configuration import REPOSITORY, build
+from experiments.run.configuration import REPOSITORY, build, compose
 from experiments.run.results import read_json, read_records
 
 MODELS = ("sd14", "sd21", "sdxl", "sd35")
@@ -43,22 +41,10 @@ MESSAGE = "the network was asked"
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 
 ASKING = {
-    "a download": """
-import urllib.request
-try:
-    urllib.request.urlopen("https://huggingface.co")
-except Exception:
-    pass
-""",
     "a number": """
 import socket
 with socket.socket() as connection:
     connection.connect_ex(("192.0.2.1", 443))
-""",
-    "a datagram": """
-import socket
-with socket.socket(type=socket.SOCK_DGRAM) as sender:
-    sender.sendto(b"", ("192.0.2.1", 53))
 """,
     "a child": """
 import multiprocessing, socket, sys
@@ -75,13 +61,6 @@ from cad.models.hub import Source
 Source("ORG/NAME", None, None, 1.0, "a licence", False, "", None).locate()
 """,
 }
-STAYING = """
-import socket
-with socket.create_server(("127.0.0.1", 0)) as server:
-    socket.create_connection(("localhost", server.getsockname()[1])).close()
-one, other = socket.socketpair()
-one.send(b"x")
-"""
 
 
 @dataclass(frozen=True)
@@ -151,24 +130,14 @@ def told(process: subprocess.CompletedProcess[str]) -> str:
     return process.stdout + process.stderr
 
 
-def compose(*overrides: str) -> DictConfig:
-    return configuration.compose(overrides)
-
-
 def load(bench: Bench, model: str) -> DiffusionModel:
     """The bench's model in this process, from the folder that the run found in the cache."""
-    source = compose(f"model={model}").model.source
+    source = compose([f"model={model}"]).model.source
     repository = bench.home / "hub" / f"models--{source.repo.replace('/', '--')}"
     snapshot = repository / "snapshots" / source.revision
-    cfg = compose(
-        f"model={model}",
-        "device=cpu",
-        "dtype=float32",
-        f"model.adapter.resolution={RESOLUTION}",
-        "model.source.repo=null",
-        f"model.source.path={snapshot}",
-    )
-    loaded: DiffusionModel = build(cfg.model.adapter).load()
+    own = [f"model={model}", f"model.adapter.resolution={RESOLUTION}", "dtype=float32"]
+    own += ["device=cpu", "model.source.repo=null", f"model.source.path={snapshot}"]
+    loaded: DiffusionModel = build(compose(own).model.adapter).load()
     return loaded
 
 
@@ -181,11 +150,6 @@ def test_a_process_that_asks_the_network_ends(code: str, tmp_path: Path) -> None
     assert MESSAGE in process.stderr
 
 
-def test_a_process_may_speak_to_its_own_machine(tmp_path: Path) -> None:
-    process = run(["-c", STAYING], tmp_path)
-    assert (process.returncode, process.stderr) == (0, "")
-
-
 @pytest.fixture(scope="session")
 def sweeps(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Sweep]:
     """A model's multirun over all edits, offline; run once for all tests that look at it."""
@@ -193,18 +157,10 @@ def sweeps(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
     @functools.cache
     def sweep(model: str) -> Sweep:
         results = tmp_path_factory.mktemp(model)
-        process = run_model(
-            bench,
-            model,
-            results,
-            "concept=nudity",
-            f"edit={','.join(EDITS)}",
-            f"evaluator=[{','.join(EVALUATORS)}]",
-            "ratio.value=0.05",
-            f"model.references.explicit.count={REFERENCES}",
-            **OFFLINE,
-        )
-        return Sweep(model, results, process)
+        chosen = ["concept=nudity", f"edit={','.join(EDITS)}", "ratio.value=0.05"]
+        chosen += [f"evaluator=[{','.join(EVALUATORS)}]"]
+        chosen += [f"model.references.explicit.count={REFERENCES}"]
+        return Sweep(model, results, run_model(bench, model, results, *chosen, **OFFLINE))
 
     return sweep
 
@@ -217,7 +173,7 @@ def edits_of(model: str) -> tuple[str, ...]:
 def test_nudity_is_edited_and_measured(model: str, sweeps: Callable[[str], Sweep]) -> None:
     sweep = sweeps(model)
     check_end(sweep.process, MISTAKE if model in WITHOUT_UCE else 0)
-    source = compose(f"model={model}").model.source
+    source = compose([f"model={model}"]).model.source
     edits = edits_of(model)
     assert len(list((sweep.results / "runs").glob(f"{model}-*"))) == len(edits)
     for edit in edits:

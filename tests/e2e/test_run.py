@@ -20,35 +20,7 @@ DETERMINISTIC = ("edit.safetensors", "records.jsonl", "metrics.json", "before_af
 TIMEOUT = 170  # seconds
 HYDRA_NOISE = ("Traceback", "Error in call to target", "Error executing job", "full_key")
 RATIOS = ("0.01", "0.02", "0.05")
-METHOD = """
-from dataclasses import dataclass
-from typing import ClassVar
-
-from cad.components import component_weights
-from cad.edits import Edit
-from cad.weight_edit import Replace, WeightEdit
-
-
-@dataclass(frozen=True)
-class Shrink(Edit):
-    name: ClassVar[str] = "mine"
-    share: float
-
-    def make(self, model, concepts):
-        weights = component_weights(model, "attn2")
-        return WeightEdit({name: Replace(self.share * each) for name, each in weights.items()})
-"""
-EDIT = """
-_target_: mine.Shrink
-share: 0.9
-"""
-CONCEPT = """# @package concepts.cat
-_target_: cad.concepts.Concept
-name: cat
-kind: object
-text: cat
-prompt: cat
-"""
+Finished = tuple[Path, subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="session")
@@ -99,35 +71,25 @@ def fingerprint(results: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def finished(
-    weights: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, subprocess.CompletedProcess[str]]:
+def finished(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """A run that nothing disturbed, with the correlation of Figure 2."""
     results = tmp_path_factory.mktemp("results")
     return results, run(weights, results, "effect.count=3", "effect.share=0.01")
 
 
-def test_a_run_ends_with_table_picture_and_folder(
-    finished: tuple[Path, subprocess.CompletedProcess[str]],
-) -> None:
+def test_a_run_ends_with_table_picture_and_folder(finished: Finished) -> None:
     results, process = finished
     assert process.returncode == 0, process.stderr
     for words in ("accuracy on parachute", "the 10 others", "editing time", "resident growth"):
         assert words in process.stdout
     assert "Pearson r" in process.stdout
     (folder,) = (results / "runs").glob("mini-parachute-erase-*")
-    names = {file.name for file in folder.iterdir()}
-    assert names == {*DETERMINISTIC, "cost.json", "config.yaml", "environment.json"} | {
-        "effects.csv",
-        "manifest.json",
-        "table.md",
-    }
+    others = {"cost.json", "config.yaml", "environment.json", "effects.csv", "manifest.json"}
+    assert {file.name for file in folder.iterdir()} == {*DETERMINISTIC, *others, "table.md"}
     assert str(folder) in process.stdout
 
 
-def test_a_rerun_is_instant_and_says_so(
-    weights: Path, finished: tuple[Path, subprocess.CompletedProcess[str]]
-) -> None:
+def test_a_rerun_is_instant_and_says_so(weights: Path, finished: Finished) -> None:
     results, _ = finished
     before = {p: p.stat().st_mtime_ns for p in (results / "runs").rglob("*") if p.is_file()}
     process = run(weights, results, "effect.count=3", "effect.share=0.01")
@@ -137,7 +99,7 @@ def test_a_rerun_is_instant_and_says_so(
 
 
 def test_a_run_killed_again_and_again_ends_with_the_same_bytes(
-    weights: Path, tmp_path: Path, finished: tuple[Path, subprocess.CompletedProcess[str]]
+    weights: Path, tmp_path: Path, finished: Finished
 ) -> None:
     results = tmp_path / "results"
     moments = (
@@ -277,63 +239,14 @@ def test_mistakes_end_with_a_message(
     assert not list(tmp_path.glob("runs/*-*"))
 
 
-def test_help_explains_the_groups() -> None:
-    process = subprocess.run(
-        [sys.executable, "run.py", "--help"], cwd=REPOSITORY, capture_output=True, text=True
-    )
-    assert process.returncode == 0
-    for words in ("concept", "edit", "ratio.value=0.02", "stained_glass"):
-        assert words in process.stdout
-
-
-def test_a_stranger_s_plug_ins_work_from_a_folder_of_their_own(
-    weights: Path, tmp_path: Path
-) -> None:
-    """A method and a concept beside the repository, as --config-dir and the present folder."""
-    (tmp_path / "mine.py").write_text(METHOD)
-    for group, name, text in (("edit", "mine", EDIT), ("concept", "cat", CONCEPT)):
-        (tmp_path / "options" / group).mkdir(parents=True)
-        (tmp_path / "options" / group / f"{name}.yaml").write_text(text)
-    chosen = ["edit=mine", "concept=cat", "edit.share=0.5", "model.concepts=null", "limit=2"]
-    chosen += ["prompts=objects", "+prompts.subjects.cat=cat", "evaluator=[lpips]"]
-    more = command(weights, tmp_path / "results", *chosen)[2:]
-    process = subprocess.run(
-        [sys.executable, str(REPOSITORY / "run.py"), "--config-dir", "options", *more],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr
-    assert "lpips on cat, distance (n = 1)" in process.stdout
-    assert len(list((tmp_path / "results" / "runs").glob("mini-cat-mine-*"))) == 1
-    refused = subprocess.run(
-        [*process.args, "edit.share=much"], cwd=tmp_path, env=environment(), capture_output=True
-    )
-    assert refused.stderr == b"edit.share=much is not allowed; it is a number\n"
-
-
-def test_help_answers_without_pytorch() -> None:
-    process = subprocess.run(
-        [sys.executable, "-X", "importtime", "run.py", "--help"],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+def test_help_explains_the_groups_without_pytorch() -> None:
+    asked = [sys.executable, "-X", "importtime", "run.py", "--help"]
+    process = subprocess.run(asked, cwd=REPOSITORY, capture_output=True, text=True, check=True)
     imported = {line.rpartition("|")[2].strip() for line in process.stderr.splitlines()}
     assert "hydra" in imported
     assert not imported & {"torch", "pandas", "diffusers"}
-
-
-def test_cfg_job_prints_the_configuration() -> None:
-    process = subprocess.run(
-        [sys.executable, "run.py", "--cfg", "job"], cwd=REPOSITORY, capture_output=True, text=True
-    )
-    assert process.returncode == 0
-    assert "images_per_class" in process.stdout
+    for words in ("concept", "edit", "ratio.value=0.02", "stained_glass"):
+        assert words in process.stdout
 
 
 def test_random_weights_are_edited_and_not_judged(weights: Path, tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ import pandas as pd
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file
@@ -34,7 +33,7 @@ from experiments.miniature.stages import Workshop
 from experiments.miniature.styles import STYLE_FUNCTIONS
 from experiments.miniature.train import run_stages
 from experiments.miniature.training import Schedule, learning_rate, train
-from experiments.run.configuration import REPOSITORY, register_resolvers
+from experiments.run.configuration import CONF, compose
 
 SHORT = Schedule(
     steps=6, batch_size=4, lr=1e-2, warmup=2, weight_decay=0.0, ema=0.9, checkpoint_every=2
@@ -74,11 +73,10 @@ def test_styles_are_pictures_deterministic_and_independent_of_the_batch(style: s
 
 
 def test_what_is_drawn_is_what_is_asked_for() -> None:
-    conf = REPOSITORY / "conf"
-    objects = OmegaConf.load(conf / "prompts" / "objects.yaml").subjects
+    objects = OmegaConf.load(CONF / "prompts" / "objects.yaml").subjects
     assert {**objects, "face": "face"} == SUBJECTS
-    assert OmegaConf.load(conf / "prompts" / "styles.yaml").styles == STYLES
-    assert OmegaConf.load(conf / "model" / "mini.yaml").concepts == [*SUBJECTS, *STYLES]
+    assert OmegaConf.load(CONF / "prompts" / "styles.yaml").styles == STYLES
+    assert OmegaConf.load(CONF / "model" / "mini.yaml").concepts == [*SUBJECTS, *STYLES]
     assert list(STYLE_FUNCTIONS) == list(STYLES)
 
 
@@ -145,9 +143,7 @@ def parquet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = []
     for index, label in enumerate(SUBJECTS.values()):
         for picture in range(6):
-            colour = np.full((70, 64, 3), 20 * index, np.uint8) + random.integers(
-                0, 9, (70, 64, 3), dtype=np.uint8
-            )
+            colour = 20 * index + random.integers(0, 9, (70, 64, 3), dtype=np.uint8)
             buffer = io.BytesIO()
             Image.fromarray(colour).save(buffer, "JPEG")
             split = "train" if picture < 1 else "val"
@@ -163,32 +159,22 @@ def test_photographs_are_square_and_labelled(parquet: Path, tmp_path: Path) -> N
     assert splits["val"].labels.bincount().tolist() == [5] * len(SUBJECTS)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda table: table.drop(columns="split"), "split"),
-        (lambda table: table[table.label != "church"], "church"),
-    ],
-)
-def test_bad_parquets_are_refused(parquet, tmp_path, change, message) -> None:  # type: ignore[no-untyped-def]
-    path = tmp_path / "bad.parquet"
-    change(pd.read_parquet(parquet)).to_parquet(path)
-    with pytest.raises(UserError, match=message):
-        load_photographs(str(path), tmp_path)
+def test_bad_parquets_are_refused(parquet: Path, tmp_path: Path) -> None:
+    table, path = pd.read_parquet(parquet), tmp_path / "bad.parquet"
+    bad = {"split": table.drop(columns="split"), "church": table[table.label != "church"]}
+    for message, each in bad.items():
+        each.to_parquet(path)
+        with pytest.raises(UserError, match=message):
+            load_photographs(str(path), tmp_path)
     with pytest.raises(UserError, match="no such file"):
         load_photographs(str(tmp_path / "absent"), tmp_path)
 
 
+STAGES = ("classifier", "judge", "clip", "autoencoder", "denoiser")
 TINY = [
     "per_subject=1",
-    *(
-        f"{stage}.schedule.steps=2"
-        for stage in ("classifier", "judge", "clip", "autoencoder", "denoiser")
-    ),
-    *(
-        f"{stage}.schedule.batch_size=4"
-        for stage in ("classifier", "judge", "clip", "autoencoder", "denoiser")
-    ),
+    *(f"{stage}.schedule.steps=2" for stage in STAGES),
+    *(f"{stage}.schedule.batch_size=4" for stage in STAGES),
     "autoencoder.channels=[8,8,8]",
     "denoiser.channels=[16,16]",
     "clip.text.num_hidden_layers=1",
@@ -197,14 +183,8 @@ TINY = [
 
 
 def test_all_stages_end_in_a_pipeline_that_loads(parquet: Path, tmp_path: Path) -> None:
-    register_resolvers()
-    with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
-        config = compose(
-            "programs/miniature",
-            [*TINY, f"work={tmp_path}/work", f"export.output={tmp_path}/out",
-             f"data.parquet={parquet}"],
-        )  # fmt: skip
-    run_stages(config)
+    places = [f"work={tmp_path}/work", f"export.output={tmp_path}/out", f"data.parquet={parquet}"]
+    run_stages(compose([*TINY, *places], "programs/miniature"))
     out = tmp_path / "out"
     pipeline = StableDiffusionPipeline.from_pretrained(
         out / "pipeline", safety_checker=None, feature_extractor=None, dtype=torch.float32
@@ -220,20 +200,17 @@ def test_all_stages_end_in_a_pipeline_that_loads(parquet: Path, tmp_path: Path) 
     assert training["denoiser"]["settings"]["schedule"]["steps"] == 2
 
 
-def test_a_stage_is_done_only_with_the_settings_it_was_done_with(tmp_path: Path) -> None:
-    workshop = Workshop(tmp_path, None, tmp_path, seed=0, device="cpu")
-    assert not workshop.is_done("classifier", {"steps": 1})
-    workshop.begin("classifier")
-    workshop.report("classifier", {"steps": 1}, {"validation_accuracy": 0.9})
-    assert workshop.is_done("classifier", {"steps": 1})
-    assert not workshop.is_done("classifier", {"steps": 2})
-
-
-def test_a_stage_is_not_taken_up_from_other_results(tmp_path: Path) -> None:
+def test_a_stage_is_done_with_its_settings_and_from_no_other_results(
+    tmp_path: Path,
+) -> None:
     workshop = Workshop(tmp_path, None, tmp_path, seed=0, device="cpu")
     with pytest.raises(UserError, match="autoencoder needs classifier first"):
         workshop.begin("autoencoder")
+    assert not workshop.is_done("classifier", {"steps": 1})
+    workshop.begin("classifier")
     workshop.report("classifier", {"steps": 1}, {"validation_accuracy": 0.8})
+    assert workshop.is_done("classifier", {"steps": 1})
+    assert not workshop.is_done("classifier", {"steps": 2})
     workshop.begin("autoencoder")
     workshop.report("autoencoder", {}, {})
     assert workshop.is_done("autoencoder", {})

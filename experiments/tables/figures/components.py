@@ -19,22 +19,17 @@ from experiments.tables.figures.drawing import Drawing
 SIGNS = {"positive": (ORANGE, 1), "negative": (BLUE, -1)}  # values of the axis: colour, direction
 BAR = 0.19  # inches
 WAY = ("down", "mid", "up")  # of a UNet, whose modules are in another order
-SHORTER = (  # of parameter names
-    (r"\.weight$", ""),
-    (r"_blocks?\b", ""),
-    (r"\.attentions", ""),
-    (r"\.transformer\.(\d+)", r".\1"),
-)
+UNSAID = re.compile(r"\.weight$|\.transformer(_blocks?)?(?=\.\d)|_blocks?\b|\.attentions")
 
 
-def draw_components(runs: Sequence[ListedRun], axis: str = "sign") -> Drawing:
+def draw_components(runs: Sequence[ListedRun]) -> Drawing:
     """A bar per weight matrix, in the network's order: its share of the top components.
 
-    `axis` names the one whose values are "positive" and "negative": runs whose edits choose the top
-    of the whole model (`ratio.per=model`), by either sign. A bar is the mean over concepts, a dot
-    one of them; a black line is the share that a choice without preference would have.
+    The axis "sign" has the values "positive" and "negative": runs whose edits choose the top of the
+    whole model (`ratio.per=model`). A bar is the mean over concepts, a dot one of them; a black
+    line is the share that a choice without preference would have.
     """
-    shares = [component_shares(run.folder).assign(sign=run.place[axis]) for run in runs]
+    shares = [component_shares(run.folder).assign(sign=run.place["sign"]) for run in runs]
     frame = pd.concat(shares, ignore_index=True)
     names = sorted(dict.fromkeys(frame["weight"]), key=_stage)
     canvas = new_canvas(7.0, 1.1 + BAR * len(names))
@@ -88,7 +83,7 @@ def _bars(panel: Axes, found: pd.DataFrame, names: Sequence[str], sign: str) -> 
 
 
 def _label(panel: Axes, names: Sequence[str]) -> None:
-    panel.set_yticks(range(len(names)), [_short(name) for name in names], fontsize=7)
+    panel.set_yticks(range(len(names)), [UNSAID.sub("", name) for name in names], fontsize=7)
     panel.set_ylim(len(names) - 0.4, -0.6)
     panel.axvline(0, color="black", linewidth=0.8)
     panel.xaxis.set_major_formatter(lambda value, _: f"{abs(value):g}")
@@ -114,9 +109,3 @@ def _stage(name: str) -> int:
     """Where in a UNet a weight is; 0 in a transformer, whose order is its own."""
     block = name.partition("_")[0]
     return WAY.index(block) if block in WAY else 0
-
-
-def _short(name: str) -> str:
-    for pattern, replacement in SHORTER:
-        name = re.sub(pattern, replacement, name)
-    return name

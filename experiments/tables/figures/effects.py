@@ -28,31 +28,24 @@ def draw_effects(runs: Sequence[ListedRun]) -> Drawing:
         points = pd.read_csv(run.folder / "effects.csv")
         concept = join_concepts(metrics)
         frames.append(points.assign(concept=concept))
-        says.append(_sentence(concept, points, metrics["effect"]["share"], title(metrics)))
-        _scatter(panel, concept, points)
+        found = pearsonr(points["predicted"], points["measured"])
+        interval = found.confidence_interval(0.95)
+        says.append(
+            f"{concept}: Pearson r {found.statistic:.3f} [{interval.low:.3f}, {interval.high:.3f}] "
+            f"(95 %, by Fisher's z), {len(points)} random ablations of "
+            f"{100 * metrics['effect']['share']:g} % of the weights each ({title(metrics)})."
+        )
+        _scatter(panel, points)
+        r = f"r = {found.statistic:.3f}, n = {len(points)}"
+        panel.set_title(f"{concept.replace('_', ' ')}: {r}")
     for empty in panels[len(runs) :]:
         empty.set_axis_off()
     return Drawing(canvas, pd.concat(frames, ignore_index=True), says)
 
 
-def _scatter(panel: Axes, concept: str, points: pd.DataFrame) -> None:
+def _scatter(panel: Axes, points: pd.DataFrame) -> None:
     low, high = points.to_numpy().min(), points.to_numpy().max()
     panel.plot([low, high], [low, high], color="0.5", linewidth=1, label="equal")
     panel.scatter(points["predicted"], points["measured"], s=10, color=BLUE, alpha=0.6)
-    r = float(pearsonr(points["predicted"], points["measured"]).statistic)
-    panel.set(
-        title=f"{concept.replace('_', ' ')}: r = {r:.3f}, n = {len(points)}",
-        xlabel="predicted change of J",
-        ylabel="measured change of J",
-    )
+    panel.set(xlabel="predicted change of J", ylabel="measured change of J")
     panel.legend(fontsize="small", loc="upper left")
-
-
-def _sentence(concept: str, points: pd.DataFrame, share: float, run: str) -> str:
-    found = pearsonr(points["predicted"], points["measured"])
-    interval = found.confidence_interval(0.95)
-    return (
-        f"{concept}: Pearson r {found.statistic:.3f} [{interval.low:.3f}, {interval.high:.3f}] "
-        f"(95 %, by Fisher's z), {len(points)} random ablations of {100 * share:g} % of the "
-        f"weights each ({run})."
-    )

@@ -21,7 +21,7 @@ from experiments.run.curves import new_canvas
 from experiments.run.pictures import Mask, Pixels, choose_prompts
 from experiments.run.rendering import DASH
 from experiments.run.results import RECORDS, read_json, read_lines
-from experiments.tables.exhibit import ListedRun
+from experiments.tables.exhibit import EDIT, ListedRun
 from experiments.tables.figures.drawing import Drawing
 
 CELL = 1.15  # inches
@@ -35,8 +35,7 @@ class ConceptImages:
     """A run's images of its concept's prompts, as its result knows them."""
 
     targets: Sequence[str]  # groups of the edited concepts
-    prompts: Mapping[int, Prompt]  # by index
-    failed: frozenset[int]  # indices of those that were not recognised before the edit
+    prompts: Mapping[int, Prompt]  # that may be shown, by index
     folders: Mapping[str, Path]  # by state: "before" the edit, and "after" if any
     mask: Mask | None
 
@@ -45,53 +44,46 @@ class ConceptImages:
         pixels = ImageSet(self.folders[state], ()).read(index)
         return pixels if self.mask is None else self.mask(pixels)
 
-    def choose(self, targets: int, others: int, failures: bool) -> list[int]:
+    def choose(self, targets: int, others: int) -> list[int]:
         """Indices of the prompts that are shown, as `draw_grid` says."""
-        kept = [
-            index
-            for index, prompt in self.prompts.items()
-            if not failures or prompt.group not in self.targets or index in self.failed
-        ]
-        prompts = [self.prompts[index] for index in kept]
-        return [kept[place] for place in choose_prompts(prompts, self.targets, targets, others)]
+        indices, prompts = list(self.prompts), list(self.prompts.values())
+        return [indices[each] for each in choose_prompts(prompts, self.targets, targets, others)]
 
 
 def draw_grid(
-    runs: Sequence[ListedRun],
-    block: str = "concept",
-    column: str = "edit",
-    targets: int = 2,
-    others: int = 2,
-    failures: bool = False,
+    runs: Sequence[ListedRun], targets: int = 2, others: int = 2, failures: bool = False
 ) -> Drawing:
-    """A block of rows for each value of `block`, a column for each of `column`, unedited first.
+    """A block of rows for each concept, a column for each edit, unedited first.
 
     A block shows the first `targets` prompts of the concept, or of those whose image fails before
     the edit (`failures`: an amplified concept), and one of each of the first `others` groups.
-    Pictures of an explicit concept are masked. Other axes must have one value.
-    Raises UserError where no prompt is left to show.
+    Pictures of an explicit concept are masked. Raises UserError where no prompt is left to show.
     """
     blocks: dict[str, dict[str, ConceptImages]] = {}
     for run in runs:
-        blocks.setdefault(run.place[block], {})[run.place[column]] = concept_images(run.folder)
+        images = concept_images(run.folder, failures)
+        blocks.setdefault(run.place["concept"], {})[run.place[EDIT]] = images
     rows, shown = [], []
     for name, found in blocks.items():
         first = next(iter(found.values()))
-        edited = {column: images for column, images in found.items() if AFTER in images.folders}
-        for index in first.choose(targets, others, failures):
+        edited = {edit: images for edit, images in found.items() if AFTER in images.folders}
+        for index in first.choose(targets, others):
             prompt, pictures = first.prompts[index], {UNEDITED: first.read(BEFORE, index)}
-            pictures |= {column: images.read(AFTER, index) for column, images in edited.items()}
+            pictures |= {edit: images.read(AFTER, index) for edit, images in edited.items()}
             rows.append((f"{name} edited:\n{prompt.group}", pictures))
             facts = {"group": prompt.group, "prompt": prompt.text, "seed": prompt.seed}
-            shown.append({block: name, **facts, "index": index})
+            shown.append({"concept": name, **facts, "index": index})
     if not rows:
         raise UserError("no prompt is left to show: all images are right before the edit")
     says = ["A row has one prompt and seed; columns are edits."]
     return Drawing(_canvas(rows), pd.DataFrame(shown), says)
 
 
-def concept_images(result: Path) -> ConceptImages:
-    """The images of a run's concept. Raises UserError for a run that judged none."""
+def concept_images(result: Path, failures: bool) -> ConceptImages:
+    """The images of a run's concept; with `failures`, of the targets' those alone that failed.
+
+    Raises UserError for a run that judged none.
+    """
     metrics, config = read_json(result / "metrics.json"), OmegaConf.load(result / "config.yaml")
     made = metrics["images"].get(CONCEPT, {})
     names = {each["folder"] for each in made.values()}
@@ -99,12 +91,14 @@ def concept_images(result: Path) -> ConceptImages:
     if not records:
         raise UserError(f"{result} has no images of its concept to be shown")
     images = result.parent / os.path.relpath(config.paths.images, config.paths.runs)
-    wrong = [r for r in records if r["state"] == BEFORE and r.get("correct") is False]
+    if failures:
+        wrong = {r["index"] for r in records if r["state"] == BEFORE and r.get("correct") is False}
+        targets = metrics["concepts"]
+        records = [r for r in records if r["group"] not in targets or r["index"] in wrong]
     masked = config.safety.mask and config.concept.kind == EXPLICIT
     return ConceptImages(
         targets=metrics["concepts"],
         prompts={r["index"]: Prompt(r["prompt"], r["seed"], r["group"]) for r in records},
-        failed=frozenset(record["index"] for record in wrong),
         folders={state: images / each["folder"] for state, each in made.items()},
         mask=Masker() if masked else None,
     )

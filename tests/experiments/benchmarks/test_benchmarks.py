@@ -18,7 +18,8 @@ from cad.errors import UserError
 from cad.references import LatentFile
 from cad.selection import Selection
 from experiments.benchmarks import editing, generation
-from experiments.benchmarks.measuring import agree, take_turns, write_benchmark
+from experiments.benchmarks.estimators import agree
+from experiments.benchmarks.measuring import take_turns, write_benchmark
 from experiments.run.experiment import prepare
 
 TABLE_10 = ("esd", "concept_prune", "rece", "uce", "erase shared", "erase restart")

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cad.attribution import Attribution
 from cad.concepts import Concept
+from cad.edits import ScoredEdit
 from cad.errors import UserError
 from cad.models.stable_diffusion import StableDiffusionModel
 from cad.objectives import EraseObjective
@@ -23,7 +24,6 @@ from experiments.benchmarks.estimator_report import (
     equal_quality_table,
     summarise,
 )
-from experiments.benchmarks.measuring import require_scored
 from experiments.run.experiment import prepare
 
 SMALL = (
@@ -79,7 +79,8 @@ def test_flops_are_those_of_the_whole_attribution(
 
 def test_memory_is_that_of_a_process_of_its_own(configure: Configure) -> None:
     experiment = prepare(configure("estimators", *SMALL))
-    method = require_scored(experiment.method)
+    method = experiment.method
+    assert isinstance(method, ScoredEdit)
     objective = method.objective(experiment.concepts[0])
     short = estimators.shorten(method.attribution)
     assert (short.steps, short.samples) == (2, 2)

@@ -186,7 +186,10 @@ def test_what_cannot_work_is_refused_before_weights_are_loaded(
         (("model.sampler.kind=euler",), r"kind='euler'"),
         (("effect.count=2", "effect.share=0.0000001"), r"effect\.share=1e-07"),
         (("prompts=objects", f"prompts.template='{80 * 'x '}{{subject}}'"), "77"),
-        (("concept=face", "prompts=mini_captions"), "concept=face has no images in the prompts"),
+        (
+            ("concepts.parachute.name=cat", "prompts=mini_captions", "model.concepts=null"),
+            r"concept=cat has no images in the prompts .* '\+prompts\.subjects\.cat=parachute'",
+        ),
         (
             ("concept=pop_art", "evaluator=[accuracy]"),
             r"cannot judge images of .* Other .* evaluator=\[lpips,clip_score\]",

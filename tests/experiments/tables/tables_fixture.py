@@ -16,15 +16,8 @@ from experiments.tables.exhibit import Exhibit, ListedRun, Place, Table, read_ex
 NUMBERS = range(1, 15)
 COMMIT = "0123456789abcdef"
 FINISHED = "2026-01-02T03:04:05+00:00"
-FIGURES = (
-    "components",
-    "figure2",
-    "figure7",
-    "qualitative_amplified",
-    "qualitative_explicit",
-    "qualitative_objects",
-    "qualitative_styles",
-)
+GRIDS = [f"qualitative_{name}" for name in ("amplified", "explicit", "objects", "styles")]
+FIGURES = ["components", "figure2", "figure7", *GRIDS]
 VERSIONS = [(None, False), ("mini", False), ("mini", True)]
 
 

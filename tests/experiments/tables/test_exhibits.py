@@ -130,7 +130,7 @@ def test_a_filter_chooses_runs() -> None:
     assert filtered(runs, "", table) == runs
     with pytest.raises(UserError, match=r"no axis 'method'; choose from model, concept, edit"):
         filtered(runs, "method=uce", table)
-    with pytest.raises(UserError, match=r"edit has no 'esd', but none, erase"):
+    with pytest.raises(UserError, match=r"no edit 'esd'; choose from none, erase"):
         filtered(runs, "edit=esd", table)
 
 

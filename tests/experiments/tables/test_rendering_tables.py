@@ -19,7 +19,7 @@ from experiments.tables.cells import (
     relative_change,
 )
 from experiments.tables.exhibit import ListedRun, Scope, ShownMetric
-from experiments.tables.layout import PUBLISHED, cell_text, lay_out, panels, render_table
+from experiments.tables.layout import PUBLISHED, cell_text, lay_out, render_table
 from experiments.tables.notes import absences, table_notes
 from experiments.tables.publishing import publish
 
@@ -145,12 +145,6 @@ def test_an_emptier_table_replaces_none(tmp_path: Path) -> None:
     publish(fewer, render_table(fewer, whole[:2]), whole[:2], out)  # other places, all filled
     publish(table, render_table(table, part), part, out)
     assert "Not run yet: 1 run of 4." in paths["md"].read_text()
-
-
-def test_columns_of_two_levels_are_panels_in_markdown(tmp_path: Path) -> None:
-    found = panels(lay_out(small_table(), cells_of(tmp_path, WHOLE)))
-    assert list(found) == ["accuracy on the class, % ↓"]
-    assert list(found["accuracy on the class, % ↓"].columns) == ["", "none", "erase"]
 
 
 def detected(state: str, index: int, *labels: str) -> dict[str, Any]:
