@@ -58,7 +58,7 @@ bench-full: $(READY) ## time and memory of every edit, and images per second, at
 		$(if $(filter random-small,$(WEIGHTS)),model.adapter.resolution=64 model.sampler.steps=3)
 
 test: $(DEV) ## all tests; ARGS="-k weight_edit" for some
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile $(ARGS)
 
 check: lint types test ## what CI runs: ruff, mypy, pytest
 
