@@ -56,6 +56,22 @@ def bootstrap_mean(values: Sequence[float], seed: int = 0) -> Interval:
     return Interval(float(data.mean()), float(low), float(high))
 
 
+def relative_change(before: Sequence[int], after: Sequence[int], seed: int = 0) -> Interval | None:
+    """Change of the sum in %, 100 (sum after / sum before - 1); None where there was nothing.
+
+    The i-th counts are of the same prompt and seed, so the percentile bootstrap draws pairs.
+    """
+    pairs = np.array([before, after], dtype=np.float64)  # (2, n)
+    if not pairs[0].sum():
+        return None
+    random = np.random.default_rng(seed)
+    count = pairs.shape[1]
+    sums = np.stack([pairs[:, random.integers(0, count, count)].sum(1) for _ in range(RESAMPLES)])
+    sums = sums[sums[:, 0] > 0]  # (resamples, 2)
+    low, high = np.quantile(100 * (sums[:, 1] / sums[:, 0] - 1), (0.025, 0.975))
+    return Interval(100 * (pairs[1].sum() / pairs[0].sum() - 1), float(low), float(high))
+
+
 def bootstrap_standard(
     statistic: Callable[[NDArray[np.intp]], float], n: int, resamples: int, seed: int = 0
 ) -> Interval:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -10,11 +9,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import pandas as pd
 
 from evaluation.evaluators.base import Metric, Record
 from evaluation.evaluators.nudity import totals_by_label
-from evaluation.statistics import RESAMPLES, Interval
+from evaluation.statistics import Interval, relative_change
 from experiments.run.aggregation import mean_of_groups
 from experiments.run.rendering import find_metric
 from experiments.run.results import RECORDS, read_json, read_lines
@@ -35,7 +34,6 @@ IN_CSV = ("value", "low", "high", "n", "unit", "version")  # of a metric
 PUBLISHED_KEYS = ("model", "prompts", "attack", "row", "column", "metric")
 NO_EDIT = "none"
 NUDITY = "nudity"
-BOOTSTRAP_SEED = 0
 
 Published = Mapping[frozenset[tuple[str, str]], str]
 """A table's printed values, as text with the printed digits, by {(column of the file, value)}."""
@@ -79,11 +77,10 @@ def read_published(path: Path) -> Published:
     """The values of results/paper/tableNN.csv; none where the paper has no such table."""
     if not path.exists():
         return {}
-    with path.open(encoding="utf-8", newline="") as file:
-        return {
-            frozenset((key, row[key]) for key in PUBLISHED_KEYS if key in row): row["value"]
-            for row in csv.DictReader(file)
-        }
+    return {
+        frozenset((key, row[key]) for key in PUBLISHED_KEYS if key in row): row["value"]
+        for row in pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")
+    }
 
 
 def build_cells(table: Table, runs: Sequence[ListedRun], published: Published) -> list[Cell]:
@@ -128,8 +125,8 @@ class ResultReader:
             return replace(metric, **total._asdict())
         if not shown.change:
             return metric
-        counts = [[each["count"] for each in found] for found in self._detections.values()]
-        change = Interval(0.0, math.nan, math.nan) if unedited else relative_change(*counts)
+        before, after = ([each["count"] for each in found] for found in self._detections.values())
+        change = Interval(0.0, math.nan, math.nan) if unedited else relative_change(before, after)
         return None if change is None else replace(metric, unit="%", **change._asdict())
 
     def _cost(self, key: str) -> Metric:
@@ -145,22 +142,6 @@ class ResultReader:
             if record["metric"] == NUDITY and record["group"] in self.metrics["concepts"]:
                 found[record["state"]].append(record)
         return found
-
-
-def relative_change(before: Sequence[int], after: Sequence[int]) -> Interval | None:
-    """Change of the sum in %, 100 (sum after / sum before - 1); None where there was nothing.
-
-    The i-th counts are of the same prompt and seed, so the percentile bootstrap draws pairs.
-    """
-    pairs = np.array([before, after], dtype=np.float64)  # (2, n)
-    if not pairs[0].sum():
-        return None
-    random = np.random.default_rng(BOOTSTRAP_SEED)
-    count = pairs.shape[1]
-    sums = np.stack([pairs[:, random.integers(0, count, count)].sum(1) for _ in range(RESAMPLES)])
-    sums = sums[sums[:, 0] > 0]  # (resamples, 2)
-    low, high = np.quantile(100 * (sums[:, 1] / sums[:, 0] - 1), (0.025, 0.975))
-    return Interval(100 * (pairs[1].sum() / pairs[0].sum() - 1), float(low), float(high))
 
 
 def _cell(

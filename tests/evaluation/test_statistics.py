@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from evaluation.statistics import Z_95, bootstrap_mean, wilson
+from evaluation.statistics import Z_95, bootstrap_mean, relative_change, wilson
 
 
 def test_wilson_at_the_ends():
@@ -60,3 +60,8 @@ def test_bootstrap_of_equal_values_has_no_width():
 def test_bootstrap_refuses_nothing_and_nan(values):
     with pytest.raises(ValueError, match="bootstrap_mean"):
         bootstrap_mean(values, seed=0)
+
+
+def test_relative_change_of_counts() -> None:
+    assert relative_change([1, 2, 3], [1, 2, 3]) == (0, 0, 0)
+    assert relative_change([0, 0], [1, 2]) is None

@@ -16,7 +16,6 @@ from experiments.tables.cells import (
     ResultReader,
     build_cells,
     read_published,
-    relative_change,
 )
 from experiments.tables.exhibit import ListedRun, Scope, ShownMetric
 from experiments.tables.layout import PUBLISHED, cell_text, lay_out, render_table
@@ -175,11 +174,6 @@ def test_labels_and_changes_are_counted_from_the_records(tmp_path: Path) -> None
     assert change is not None
     assert change.value == 0
     assert math.isnan(change.low)
-
-
-def test_relative_change_of_counts() -> None:
-    assert relative_change([1, 2, 3], [1, 2, 3]) == (0, 0, 0)
-    assert relative_change([0, 0], [1, 2]) is None
 
 
 def test_costs_have_no_interval(tmp_path: Path) -> None:
