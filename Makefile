@@ -7,7 +7,8 @@ READY  := $(VENV)/.ready
 DEV    := $(VENV)/.ready-dev
 ARGS   ?=
 WEIGHTS ?= random
-BENCHES ?= estimators editing generation
+BENCHES ?= estimators generation
+SMALL   := $(if $(filter random-small,$(WEIGHTS)),device=cpu model.adapter.resolution=64)
 
 TABLES := $(addprefix table,1 2 3 4 5 6 7 8 9 10 11 12 13 14)
 FIGURES := figure2 figure7 components
@@ -49,13 +50,12 @@ status: $(READY) ## of all tables and figures: runs done and missing; MODEL=mini
 report: $(READY) ## every table and figure that was made, in one HTML page; MODEL=mini
 	$(BIN)/python -m experiments.tables.report $(if $(MODEL),model=$(MODEL)) $(ARGS)
 
-bench: $(READY) ## speed on the miniature against what it replaces (hours on two cores), into results/bench; BENCHES="editing generation" for some
+bench: $(READY) ## speed on the miniature against what it replaces (hours on two cores), into results/bench; BENCHES=generation for one
 	for bench in $(BENCHES); do $(BIN)/python -m experiments.benchmarks.$$bench $(ARGS) || exit; done
 
 bench-full: $(READY) ## time and memory of every edit, and images per second, at full size on random weights; WEIGHTS=random-small tries it anywhere
-	$(BIN)/python -m experiments.benchmarks.editing 'only="sd*"' weights=$(WEIGHTS) $(ARGS)
-	$(BIN)/python -m experiments.benchmarks.generation model=sd14 model.weights=$(WEIGHTS) \
-		$(if $(filter random-small,$(WEIGHTS)),model.adapter.resolution=64 model.sampler.steps=3)
+	$(RUN) table=costs model.weights=$(WEIGHTS) $(SMALL) $(if $(SMALL),debug=tiny ratio.value=0.05) $(ARGS)
+	$(BIN)/python -m experiments.benchmarks.generation model=sd14 model.weights=$(WEIGHTS) $(SMALL) $(if $(SMALL),model.sampler.steps=3)
 
 test: $(DEV) ## all tests; ARGS="-k weight_edit" for some
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile $(ARGS)

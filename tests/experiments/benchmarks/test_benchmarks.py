@@ -14,15 +14,11 @@ from omegaconf import DictConfig
 
 from cad.attribution import Attribution
 from cad.edits import CADAmplify, CADErase
-from cad.errors import UserError
 from cad.references import LatentFile
 from cad.selection import Selection
-from experiments.benchmarks import editing, generation
+from experiments.benchmarks import generation
 from experiments.benchmarks.estimators import agree
 from experiments.benchmarks.measuring import take_turns, write_benchmark
-from experiments.run.experiment import prepare
-
-TABLE_10 = ("esd", "concept_prune", "rece", "uce", "erase shared", "erase restart")
 
 Configure = Callable[..., DictConfig]
 
@@ -68,48 +64,6 @@ def test_agreement_of_scores_and_masks() -> None:
     assert agree(scores, other, erase)["mask_overlap"] == 0.5
     amplify = CADAmplify(attribution, selection, LatentFile("none"))
     assert agree(scores, other, amplify)["mask_overlap"] == 0.5  # 1 and 3; the reference 2 and 3
-
-
-def test_every_case_is_a_command_of_run(configure: Configure) -> None:
-    config = configure("editing", "weights=random-small", "only='sd*'")
-    cases = editing.chosen_cases(config)
-    for method in TABLE_10:
-        assert any(case.startswith(f"sd14 {method}") for case in cases)
-    assert {case.split()[0] for case in cases} == {"sd14", "sd21", "sdxl", "sd35"}
-    for case, overrides in cases.items():
-        experiment = prepare(editing.configure(config, case.split()[0], overrides))
-        assert experiment.model.weights == "random-small"
-        assert not experiment.evaluators
-
-
-def test_what_matches_no_case_is_refused(configure: Configure) -> None:
-    with pytest.raises(UserError, match=r"only=sd15\* matches none of the cases: mini erase"):
-        editing.chosen_cases(configure("editing", "only='sd15*'"))
-
-
-def test_an_edit_is_measured_from_making_to_loading(configure: Configure, tmp_path: Path) -> None:
-    config = configure("editing", "only='mini erase'")
-    config.overrides = [
-        "debug=tiny",
-        "ratio.value=0.1",
-        f"paths.miniature={config.paths.miniature}",
-    ]
-    run(editing, config)
-    (row,) = read(tmp_path, "editing")["rows"]
-    assert row["weights"] > 0
-    assert row["file_mb"] > 0
-    assert all(row[step] > 0 for step in ("seconds", *editing.STEPS))
-    assert "| mini erase" in (tmp_path / "bench" / "editing.md").read_text()
-
-
-def test_a_case_that_fails_leaves_its_reason_and_the_next_is_measured(configure: Configure) -> None:
-    config = configure("editing", "weights=random-small")
-    cases = {"sd14 too long": ["edit=uce", "edit.guide=" + 80 * "x"], "sd14 uce": ["edit=uce"]}
-    failed, measured = editing.measure_cases(config, cases)
-    assert "tokens" in failed["error"]
-    assert measured["weights"] > 0
-    assert "select" not in measured  # the method has no scores
-    assert editing.as_table([failed, measured])["seconds"].iloc[0] == "–"
 
 
 def test_three_ways_to_make_images(configure: Configure, tmp_path: Path) -> None:

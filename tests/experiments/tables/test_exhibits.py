@@ -21,9 +21,17 @@ from tables_fixture import (
 )
 
 from cad.errors import UserError
-from experiments.run.configuration import CONF, compose
+from experiments.run.configuration import CONF, compose, composer
+from experiments.run.experiment import prepare
 from experiments.tables.cells import Cell, build_cells, read_published
-from experiments.tables.exhibit import Exhibit, Figure, Table, filtered, with_methods
+from experiments.tables.exhibit import (
+    Exhibit,
+    Figure,
+    Table,
+    filtered,
+    read_exhibit,
+    with_methods,
+)
 from experiments.tables.layout import PUBLISHED, lay_out, panels
 
 # The paper prints a dash for the amplified model, no rates without attack in Table 3, and no change
@@ -46,7 +54,7 @@ def overrides_of(exhibit: Exhibit) -> set[tuple[str, ...]]:
 def test_all_lists_every_file(group: str) -> None:
     listed = compose([f"{group}=all"])[group].each
     files = {path.stem for path in (CONF / group).glob("*.yaml")}
-    assert set(listed) == files - {"all", "qualitative"}
+    assert set(listed) == files - {"all", "qualitative", "costs"}
     assert set(listed) == set(exhibit_nodes()[group])
 
 
@@ -80,6 +88,19 @@ def test_every_table_is_laid_out_whole(number: int, model: str | None, fast: boo
     for override in itertools.chain(*(run.overrides for run in table.list_runs())):
         group, _, option = override.partition("=")
         assert group not in GROUPS or (CONF / group / f"{option}.yaml").exists(), override
+
+
+def test_costs_are_those_of_every_method_and_model_without_images() -> None:
+    runs = read_exhibit("table", "costs", compose(["table=costs"]).table, None).list_runs()
+    assert {run.place["model"] for run in runs} == {"sd14", "sd21", "sdxl", "sd35"}
+    methods = {run.place["edit"] for run in runs}
+    assert methods > {"amplify", *composed_table(10).axes["edit"]} - {"esd"}
+    assert "esd_20_iterations" in methods
+    with composer() as composed:
+        for run in (run for run in runs if "sd14" in run.place.values()):
+            experiment = prepare(composed(run.overrides))
+            assert experiment.model.weights == "random"
+            assert not experiment.evaluators
 
 
 @pytest.mark.parametrize("stem", FIGURES)
