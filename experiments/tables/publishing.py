@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -22,7 +23,6 @@ from experiments.run.results import read_json, write_json
 from experiments.tables.exhibit import Exhibit, ListedRun
 from experiments.tables.notes import origins
 
-TEMPLATE = "page.html.j2"
 TITLE = re.compile(r"\A\*\*(.+), (.+?): (.+)\*\*")  # called, models: subject
 PICTURE = re.compile(r'src="([^":]+\.png)"')
 
@@ -97,7 +97,14 @@ def read_section(path: Path) -> Section:
 
 def page(title: str, sections: Iterable[Section], lead: Sequence[str] = ()) -> str:
     """A whole HTML page that needs no other file; with a `lead`, title and index come first."""
+    return render("page.html.j2", title=title, sections=sections, lead=lead)
+
+
+def render(template: str, **values: Any) -> str:
+    """A template of this folder with its values; those of HTML are escaped."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=template.endswith(".html.j2"),
+        undefined=StrictUndefined,
     )
-    return environment.get_template(TEMPLATE).render(title=title, sections=sections, lead=lead)
+    return environment.get_template(template).render(**values)

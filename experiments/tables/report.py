@@ -25,21 +25,10 @@ from experiments.run.command_line import exit_status
 from experiments.run.configuration import REPOSITORY
 from experiments.run.results import read_json
 from experiments.tables.exhibit import MINIATURE
-from experiments.tables.publishing import Section, page, read_section
+from experiments.tables.publishing import Section, page, read_section, render
 
 PAPER = "Unveiling Concept Attribution in Diffusion Models"
 TITLE = f"{PAPER}: a reproduction"
-MINIATURES = (
-    "What differs from the paper: the miniature is another model, a Stable-Diffusion-shaped one of "
-    "64 x 64 pixels that this project trained, with its own classifier, CLIP and prompts and with "
-    "fewer images (n is in the captions). The paper's values stand beside its own for orientation; "
-    "that they differ says nothing against either. Faces stand for explicit content and five drawn "
-    "styles for the artists."
-)
-PAPERS = (
-    "What differs from the paper: a dagger marks every value of the paper that is outside our 95 % "
-    "interval, and DEVIATIONS.md in the repository lists where the suite departs from it."
-)
 SHIPPED = REPOSITORY / "results" / MINIATURE
 INDEX = "README.md"
 
@@ -59,7 +48,6 @@ def write_report(folder: Path, model: str | None, shipped: Path = SHIPPED) -> Pa
     Beside it README.md, an index of their markdown. Raises UserError where there are none.
     """
     made = {path.stem: read_json(path) for path in sorted(folder.glob("*.json"))}
-    made = {name: each for name, each in made.items() if "filled" in each}
     made = {name: each for name, each in made.items() if model in (None, *each["models"])}
     files = {path.stem: path for path in shipped.glob("*.md") if path.name != INDEX}
     files = files if model in (None, MINIATURE) else {}
@@ -94,20 +82,16 @@ def _with_progress(section: Section, facts: Mapping[str, Any] | None) -> Section
 
 def _lead(sections: Sequence[Section], made: Sequence[Mapping[str, Any]]) -> list[str]:
     """Paragraphs that say what was run, on what, when, and what differs from the paper."""
-    models = sorted({name for each in sections for name in each.models.split(" and ")})
-    tables = sum(each.called.startswith("Table") for each in sections)
-    text = (
-        f"{tables} tables and {len(sections) - tables} figures of {PAPER} (arXiv 2412.02542), of "
-        f"{' and '.join(models)}; a dash stands for what was not run."
+    text = render(
+        "lead.txt.j2",
+        paper=PAPER,
+        sections=sections,
+        tables=sum("Table" in each.called for each in sections),
+        made=made,
+        models=sorted({name for each in sections for name in each.models.split(" and ")}),
+        origins=sorted({origin for each in made for origin in each["made"]}),
     )
-    if len(made) < len(sections):
-        text += f" {len(sections) - len(made)} are as they came with the repository."
-    origins = sorted({origin for each in made for origin in each["made"]})
-    text += f" Run {'; '.join(origins)}." if origins else ""
-    if any(each["fast"] for each in made):
-        text += " Some are fast versions, with fewer images and wider intervals; they say so."
-    differs = {MINIATURES: MINIATURE in models, PAPERS: models != [MINIATURE]}
-    return [text, *(each for each, applies in differs.items() if applies)]
+    return text.strip().split("\n\n")
 
 
 if __name__ == "__main__":

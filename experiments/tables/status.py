@@ -20,7 +20,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from experiments.run.command_line import exit_status
 from experiments.run.configuration import CONF, REPOSITORY, Compose, composer
@@ -38,9 +38,8 @@ def main(config: DictConfig) -> None:
     folders, given = option_folders(), HydraConfig.get().overrides.task
     paths = [each for each in given if each.startswith("paths.")]
     names = RunNames(Path(config.paths.runs), folders)
-    table = Table(caption=CAPTION, caption_justify="left")
-    for heading in HEADINGS:
-        table.add_column(heading, no_wrap=True)
+    columns = (Column(heading, no_wrap=True) for heading in HEADINGS)
+    table = Table(*columns, caption=CAPTION, caption_justify="left")
     with composer(folders) as compose:
         model = options(given).get("model")
         for exhibit in every_exhibit([CONF, *folders], model, config.fast, compose):
