@@ -6,7 +6,6 @@ Colours are told apart by the colour-blind, markers in print.
 from __future__ import annotations
 
 import io
-import logging
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -25,12 +24,21 @@ PANEL_SIZE = (4.2, 3.4)  # inches
 DPI = 150
 FIXED = {"png": {"Software": None}, "pdf": {"CreationDate": None}}  # the same bytes every time
 
-logging.getLogger("fontTools").setLevel(logging.WARNING)  # it tells of every PDF
-
 
 def new_canvas(width: float, height: float) -> Figure:
     """An empty figure of a size in inches."""
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def new_panels(count: int) -> tuple[Figure, list[Axes]]:
+    """A figure of so many empty panels, PANELS_PER_ROW in each row."""
+    columns = min(count, PANELS_PER_ROW)
+    rows = math.ceil(count / columns)
+    canvas = new_canvas(PANEL_SIZE[0] * columns, PANEL_SIZE[1] * rows)
+    panels = list(canvas.subplots(rows, columns, squeeze=False).flat)
+    for unused in panels[count:]:
+        unused.set_axis_off()
+    return canvas, panels[:count]
 
 
 def save(canvas: Figure) -> dict[str, bytes]:
@@ -49,15 +57,10 @@ def draw_ratios(series: Mapping[str, pd.DataFrame]) -> Figure:
 
     Frames have the rows of `experiments.run.rendering.tidy`.
     """
-    columns = min(len(series), PANELS_PER_ROW)
-    rows = math.ceil(len(series) / columns)
-    canvas = new_canvas(PANEL_SIZE[0] * columns, PANEL_SIZE[1] * rows)
-    panels = canvas.subplots(rows, columns, squeeze=False)
-    for panel, (name, group) in zip(panels.flat, series.items(), strict=False):
+    canvas, panels = new_panels(len(series))
+    for panel, (name, group) in zip(panels, series.items(), strict=True):
         _draw(panel, name, group)
-    for empty in panels.flat[len(series) :]:
-        empty.set_axis_off()
-    panels.flat[0].legend(fontsize="small")
+    panels[0].legend(fontsize="small")
     return canvas
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from cad.files import write_atomically
+from cad.files import atomic_path, write_atomically
 from evaluation.image_sets import ImageSet
 from evaluation.prompts import Prompt
 
@@ -67,23 +66,18 @@ def attack_picture(
 
 def loss_curve(history: Sequence[Mapping[str, float]], path: Path) -> None:
     """Write a PNG: the loss of each training step, pale, and its running mean over a twentieth."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from experiments.run.curves import new_canvas, save  # imports matplotlib
 
     frame = pd.DataFrame(history).set_index("step")
-    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    canvas = new_canvas(6, 3.5)
+    panel = canvas.subplots()
     for name in frame:
         window = max(1, len(frame) // 20)
-        (line,) = axes.plot(frame[name].rolling(window, min_periods=1).mean(), label=name)
-        axes.plot(frame[name], color=line.get_color(), alpha=0.25, linewidth=0.8)
-    axes.set(xlabel="step", yscale="log")
-    axes.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    plt.close(figure)
-    write_atomically(path, buffer.getvalue())
+        (line,) = panel.plot(frame[name].rolling(window, min_periods=1).mean(), label=name)
+        panel.plot(frame[name], color=line.get_color(), alpha=0.25, linewidth=0.8)
+    panel.set(xlabel="step", yscale="log")
+    panel.legend()
+    write_atomically(path, save(canvas)["png"])
 
 
 def choose_prompts(
@@ -126,9 +120,8 @@ def _write_grid(
             else:
                 middle = (left + CELL // 2, top + CELL // 2)
                 draw.text(middle, "not needed", fill="grey", font=font, anchor="mm")
-    buffer = io.BytesIO()
-    canvas.save(buffer, format="PNG")
-    write_atomically(path, buffer.getvalue())
+    with atomic_path(path) as temporary:
+        canvas.save(temporary, format="PNG")
 
 
 def _cell(pixels: Pixels) -> Image.Image:

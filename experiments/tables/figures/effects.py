@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import pandas as pd
 from matplotlib.axes import Axes
 from scipy.stats import pearsonr
 
-from experiments.run.curves import BLUE, PANEL_SIZE, PANELS_PER_ROW, new_canvas
+from experiments.run.curves import BLUE, new_panels
 from experiments.run.rendering import join_concepts, title
 from experiments.run.results import read_json
 from experiments.tables.exhibit import ListedRun
@@ -18,12 +17,9 @@ from experiments.tables.figures.drawing import Drawing
 
 def draw_effects(runs: Sequence[ListedRun]) -> Drawing:
     """A panel per run: each of its random ablations as a point, the line of equality, Pearson r."""
-    columns = min(len(runs), PANELS_PER_ROW)
-    rows = math.ceil(len(runs) / columns)
-    canvas = new_canvas(PANEL_SIZE[0] * columns, PANEL_SIZE[1] * rows)
-    panels = canvas.subplots(rows, columns, squeeze=False).flat
+    canvas, panels = new_panels(len(runs))
     frames, says = [], []
-    for panel, run in zip(panels, runs, strict=False):
+    for panel, run in zip(panels, runs, strict=True):
         metrics = read_json(run.folder / "metrics.json")
         points = pd.read_csv(run.folder / "effects.csv")
         concept = join_concepts(metrics)
@@ -38,8 +34,6 @@ def draw_effects(runs: Sequence[ListedRun]) -> Drawing:
         _scatter(panel, points)
         r = f"r = {found.statistic:.3f}, n = {len(points)}"
         panel.set_title(f"{concept.replace('_', ' ')}: {r}")
-    for empty in panels[len(runs) :]:
-        empty.set_axis_off()
     return Drawing(canvas, pd.concat(frames, ignore_index=True), says)
 
 
