@@ -7,6 +7,7 @@ so comes here, before it composes its configuration.
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 from collections.abc import Callable
@@ -21,10 +22,12 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from cad.errors import UserError
+from cad.files import write_atomically
 from experiments.run.configuration import check_results, register_resolvers
 
 USAGE_ERROR = 2  # exit status
 INTERRUPTED = 130  # exit status, as shells have it
+LINK = "result.json"  # of a multirun's job
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 CONFIGURING = ("hydra", "omegaconf", "antlr4", "submitit", "hydra_plugins")
 NO_PLUGIN = "\nLaunchers are plug-ins: pip install -e '.[slurm]' or '.[ray]'"
@@ -96,9 +99,8 @@ class JobEnds(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         _end_unless_writable(config)
-        from experiments.run.sweep import forget  # imports PyTorch
-
-        forget(Path(config.hydra.sweep.dir))
+        for link in Path(config.hydra.sweep.dir).glob(f"*/{LINK}"):
+            link.unlink()  # of an earlier run of the same command
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         error = job_return._return_value if job_return.status == JobStatus.FAILED else None
@@ -106,8 +108,6 @@ class JobEnds(Callback):
         if message:
             log.error("%s", message)
         if config.hydra.mode == RunMode.MULTIRUN:
-            from experiments.run.sweep import note  # imports PyTorch, as the job did
-
             folder = Path(config.hydra.runtime.output_dir)
             if error is None:
                 note(folder, result=job_return.return_value)
@@ -124,6 +124,12 @@ class JobEnds(Callback):
 
         if not summarise(Path(config.hydra.sweep.dir)):
             raise SystemExit(USAGE_ERROR)
+
+
+def note(job: Path, result: Path | None = None, error: str | None = None) -> None:
+    """Leave a job's result, or why it has none, in the job's own folder of the multirun."""
+    told = {"folder": None if result is None else str(result), "error": error}
+    write_atomically(job / LINK, json.dumps(told).encode())
 
 
 def _end_unless_writable(config: DictConfig) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from cad.files import write_atomically
+from experiments.run.command_line import LINK
 from experiments.run.curves import draw_ratios, save
 from experiments.run.rendering import (
     DASH,
@@ -24,25 +25,13 @@ from experiments.run.rendering import (
     tidy,
     to_markdown,
 )
-from experiments.run.results import read_json, write_json
+from experiments.run.results import read_json
 
-LINK = "result.json"
 SCOPES = ("target", "others", "general")
 SERIES = ["model", "concept", "edit", "component", "per", "seed", "metric"]
 SETTINGS = {*SERIES, "ratio"}  # shown where runs differ in them
 
 logger = logging.getLogger(__name__)
-
-
-def forget(folder: Path) -> None:
-    """Delete the jobs' notes of an earlier run of the same command."""
-    for link in folder.glob(f"*/{LINK}"):
-        link.unlink()
-
-
-def note(job: Path, result: Path | None = None, error: str | None = None) -> None:
-    """Leave a job's result, or why it has none, in the job's own folder."""
-    write_json(job / LINK, {"folder": None if result is None else str(result), "error": error})
 
 
 def summarise(folder: Path) -> bool:
@@ -77,18 +66,14 @@ def sweep_table(results: list[Path]) -> pd.DataFrame:
     rows = []
     for result in results:
         metrics = read_json(result / "metrics.json")
-        settings = {
-            key: DASH if value is None else str(value)
-            for key, value in run_settings(metrics).items()
-        }
         for name in dict.fromkeys(row["name"] for row in metrics["metrics"]):
             cells = {
                 f"{scope} {state}": format_interval(find_metric(metrics, name, scope, state))
                 for scope in SCOPES
                 for state in ("before", "after")
             }
-            rows.append(settings | {"metric": name} | cells)
-    table = pd.DataFrame(rows)
+            rows.append(run_settings(metrics) | {"metric": name} | cells)
+    table = pd.DataFrame(rows).astype(object).fillna(DASH).astype(str)
     unused = [name for name in table if (table[name] == DASH).all() and "general" in str(name)]
     return table.drop(columns=unused)
 

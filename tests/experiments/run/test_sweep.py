@@ -8,8 +8,9 @@ import pandas as pd
 import pytest
 from results_fixture import write_result
 
+from experiments.run.command_line import note
 from experiments.run.rendering import tidy
-from experiments.run.sweep import note, ratio_series, summarise
+from experiments.run.sweep import ratio_series, summarise
 
 RATIOS = (0.005, 0.01, 0.02)
 
