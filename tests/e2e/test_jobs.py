@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 
+import programs
 import psutil
 import pytest
 from weights import write_weights
-
-from experiments.run.configuration import REPOSITORY
 
 pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
 
@@ -21,29 +19,19 @@ TIMEOUT = 400  # seconds; a launcher waits 15 for what a killed job may have lef
 JOB = "submitit.core._submit"  # in the command line of a job's process
 
 
-def start(weights: Path, results: Path, sweep: Path) -> subprocess.Popen[str]:
+def command(weights: Path, results: Path, sweep: Path) -> list[str]:
     """Two edits of a church, nothing measured."""
-    return subprocess.Popen(
-        [
-            *(sys.executable, "run.py", "-m", "edit=uce,rece", "concept=church"),
-            *("evaluator=[]", "+evaluator={}", "debug=tiny", "logger=none"),
-            "hydra/launcher=submitit_local",
-            *(f"paths.miniature={weights}", f"paths.results={results}", f"hydra.sweep.dir={sweep}"),
-        ],
-        cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "150"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    paths = [f"paths.miniature={weights}", f"paths.results={results}", f"hydra.sweep.dir={sweep}"]
+    chosen = ["edit=uce,rece", "concept=church", "evaluator=[]", "+evaluator={}"]
+    return ["-m", *chosen, *paths, "debug=tiny", "logger=none"]
 
 
-def kill_job(process: subprocess.Popen[str], number: int, sweep: Path) -> None:
+def kill_job(process: ForkProcess, number: int, sweep: Path) -> None:
     """SIGKILL for the process of a job, as soon as it has begun: the first is the first started."""
     begun = sweep / str(number) / ".hydra" / "overrides.yaml"
     end = time.monotonic() + TIMEOUT
     while not begun.exists():
-        assert process.poll() is None
+        assert process.is_alive()
         assert time.monotonic() < end
         time.sleep(0.01)
     children = psutil.Process(process.pid).children(recursive=True)
@@ -60,23 +48,23 @@ def wait_for_result(results: Path) -> list[Path]:
     return found
 
 
-def test_a_killed_job_takes_no_other_along_and_is_made_by_the_next_command(tmp_path: Path) -> None:
+def test_a_killed_job_takes_no_other_along_and_is_made_by_the_next_command(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     weights = write_weights(tmp_path / "weights")
     results, sweep = tmp_path / "results", tmp_path / "sweep"
-    killed = start(weights, results, sweep)
+    killed = programs.start(*command(weights, results, sweep), "hydra/launcher=submitit_local")
     kill_job(killed, 0, sweep)
-    output, _ = killed.communicate(timeout=TIMEOUT)
-    assert killed.returncode == 2, output
-    assert "has not produced any output" in output
+    killed.join(TIMEOUT)
+    assert killed.exitcode == 2
+    assert "has not produced any output" in capfd.readouterr().err
     (survivor,) = wait_for_result(results)
     assert survivor.name.startswith("mini-church-rece-")
     written = survivor.stat().st_mtime_ns
 
-    again = start(weights, results, sweep)
-    output, _ = again.communicate(timeout=TIMEOUT)
-    assert again.returncode == 0, output
+    again = programs.run(*command(weights, results, sweep))
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("nothing was computed") == 1
     names = sorted(path.name for path in (results / "runs").glob("mini-*"))
     assert [name.split("-")[2] for name in names] == ["rece", "uce"]
     assert survivor.stat().st_mtime_ns == written
-    logs = [path.read_text() for path in sweep.glob(".submitit/*/*_log.out")]
-    assert sum("nothing was computed" in log for log in logs) == 1

@@ -1,4 +1,4 @@
-"""Commands as a user types them, in processes of their own: random weights, debug=tiny."""
+"""Commands as a user types them: random weights, debug=tiny."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import programs
 import pytest
+from programs import FORK, Ended
 from weights import write_weights
 
 from experiments.run.configuration import REPOSITORY
@@ -20,6 +23,7 @@ DETERMINISTIC = ("edit.safetensors", "records.jsonl", "metrics.json", "before_af
 TIMEOUT = 170  # seconds
 HYDRA_NOISE = ("Traceback", "Error in call to target", "Error executing job", "full_key")
 RATIOS = ("0.01", "0.02", "0.05")
+EFFECT = ("effect.count=3", "effect.share=0.01")
 Finished = tuple[Path, subprocess.CompletedProcess[str]]
 
 
@@ -28,25 +32,13 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_weights(tmp_path_factory.mktemp("miniature"))
 
 
-def command(weights: Path, results: Path, *overrides: str) -> list[str]:
+def small(weights: Path, results: Path, *overrides: str) -> list[str]:
     paths = [f"paths.miniature={weights}", f"paths.results={results}"]
-    return [sys.executable, "run.py", *overrides, "debug=tiny", "logger=none", *paths]
+    return [*overrides, "debug=tiny", "logger=none", *paths]
 
 
-def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "150"}
-
-
-def run(weights: Path, results: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(weights, results, *overrides),
-        cwd=REPOSITORY,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-        check=False,
-    )
+def run(weights: Path, results: Path, *overrides: str) -> Ended:
+    return programs.run(*small(weights, results, *overrides))
 
 
 def listing(results: Path) -> set[str]:
@@ -72,9 +64,13 @@ def fingerprint(results: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def finished(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """A run that nothing disturbed, with the correlation of Figure 2."""
+    """A run that nothing disturbed, in a process of its own, with the correlation of Figure 2."""
     results = tmp_path_factory.mktemp("results")
-    return results, run(weights, results, "effect.count=3", "effect.share=0.01")
+    command = [sys.executable, "run.py", *small(weights, results, *EFFECT)]
+    environment = os.environ | programs.QUIET
+    return results, subprocess.run(
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
+    )
 
 
 def test_a_run_ends_with_table_picture_and_folder(finished: Finished) -> None:
@@ -92,7 +88,7 @@ def test_a_run_ends_with_table_picture_and_folder(finished: Finished) -> None:
 def test_a_rerun_is_instant_and_says_so(weights: Path, finished: Finished) -> None:
     results, _ = finished
     before = {p: p.stat().st_mtime_ns for p in (results / "runs").rglob("*") if p.is_file()}
-    process = run(weights, results, "effect.count=3", "effect.share=0.01")
+    process = run(weights, results, *EFFECT)
     assert process.returncode == 0, process.stderr
     assert "nothing was computed" in process.stdout
     assert {p: p.stat().st_mtime_ns for p in before} == before
@@ -107,43 +103,28 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bytes(
         lambda: list(results.glob("runs/.unfinished/*/edit.safetensors")),
         lambda: len(list(results.glob("images/*/*.png"))) >= 15,  # in the second set
     )
-    overrides = ("effect.count=3", "effect.share=0.01")
     killed = 0
     for reached in moments:
-        process = subprocess.Popen(
-            command(weights, results, *overrides),
-            cwd=REPOSITORY,
-            env=environment(),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        process = programs.start(*small(weights, results, *EFFECT))
         deadline = time.monotonic() + TIMEOUT
-        while not reached() and process.poll() is None and time.monotonic() < deadline:
+        while not reached() and process.is_alive() and time.monotonic() < deadline:
             time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        killed += process.wait() == -signal.SIGKILL
+        process.kill()
+        process.join()
+        killed += process.exitcode == -signal.SIGKILL
     assert killed
-    process = run(weights, results, *overrides)
-    assert process.returncode == 0, process.stderr
+    ended = run(weights, results, *EFFECT)
+    assert ended.returncode == 0, ended.stderr
     assert fingerprint(results) == fingerprint(finished[0])
     assert listing(results) == listing(finished[0])
 
 
 def test_two_runs_of_one_configuration_share_the_work(weights: Path, tmp_path: Path) -> None:
-    processes = [
-        subprocess.Popen(
-            command(weights, tmp_path, "edit=none", "limit=4"),
-            cwd=REPOSITORY,
-            env=environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(2)
-    ]
-    outputs = [process.communicate(timeout=TIMEOUT) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    assert sorted("nothing was computed" in out for out, _ in outputs) == [False, True]
+    command = small(weights, tmp_path, "edit=none", "limit=4")
+    with ProcessPoolExecutor(2, FORK) as pool:
+        ended = [each.result() for each in [pool.submit(programs.run, *command) for _ in "ab"]]
+    assert [each.returncode for each in ended] == [0, 0], ended
+    assert sorted("nothing was computed" in each.stdout for each in ended) == [False, True]
 
 
 def test_a_sweep_over_ratios_costs_one_attribution_and_ends_with_a_plot(
@@ -158,18 +139,6 @@ def test_a_sweep_over_ratios_costs_one_attribution_and_ends_with_a_plot(
     assert len(list((tmp_path / "scores").glob("*.safetensors"))) == 1
     sets = 1 + len(RATIOS)  # the unedited images are made once
     assert len(list((tmp_path / "images").glob("*/set.json"))) == sets
-
-
-def test_a_job_that_fails_costs_a_sweep_nothing_else(weights: Path, tmp_path: Path) -> None:
-    process = run(weights, tmp_path, "-m", "ratio.value=0.00001,0.05", "limit=2", "edit=erase")
-    assert process.returncode == 2, process.stderr
-    failed = "run 0 of the sweep failed: edit=erase: ratio.value=1e-05 chooses nothing"
-    assert failed in process.stderr
-    for words in HYDRA_NOISE:
-        assert words not in process.stderr
-    (sweep,) = (tmp_path / "sweeps").iterdir()
-    assert "0.05" in (sweep / "table.md").read_text()
-    assert "1 run" in process.stdout
 
 
 def test_a_style_is_judged_among_styles(weights: Path, tmp_path: Path) -> None:

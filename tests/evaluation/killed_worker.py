@@ -1,8 +1,7 @@
-"""Makes one image set in processes that are killed (SIGKILL) at the points given.
+"""Makes one image set in a process that is killed (SIGKILL) at a point.
 
-python killed_worker.py ROOT POINT [POINT ...]; a point is sample:N (before batch N of that process
-is sampled), write:N (its Nth PNG is half written) or record:N (the Nth PNG is there, its record is
-not). Writes how each process ended.
+A point is sample:N (before batch N of that process is sampled), write:N (its Nth PNG is half
+written) or record:N (the Nth PNG is there, its record is not).
 """
 
 from __future__ import annotations
@@ -10,11 +9,9 @@ from __future__ import annotations
 import itertools
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from toy_model import ToyModel
 
 from evaluation import generation, image_sets, sampler
@@ -47,18 +44,6 @@ def arm(point: str) -> None:
     setattr(owner, name, dying)
 
 
-def main(root: Path, points: list[str]) -> None:
-    for point in points:
-        child = os.fork()
-        if child == 0:
-            torch.set_num_threads(1)
-            arm(point)
-            generation.generate(ToyModel(), PROMPTS, SETTINGS, root)
-            os._exit(0)
-        _, status = os.waitpid(child, 0)
-        sys.stdout.write(f"{point} {os.waitstatus_to_exitcode(status)}\n")
-        sys.stdout.flush()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+def make_until(point: str, root: Path) -> None:
+    arm(point)
+    generation.generate(ToyModel(), PROMPTS, SETTINGS, root)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import logging
-import os
-import subprocess
-import sys
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -18,7 +17,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from killed_worker import PROMPTS, SETTINGS
+from killed_worker import PROMPTS, SETTINGS, make_until
 from toy_model import ToyModel, contents, knock_out
 
 from cad import identity
@@ -33,7 +32,6 @@ from evaluation.image_sets import ImageSet, ImageWriter, verify
 from evaluation.prompts import Prompt
 from evaluation.sampler import SamplerSettings, plan_batches, sample_latents, to_pixels
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 LONG = Prompt("a" * 101, 0, "church")
 
 
@@ -97,16 +95,12 @@ def test_a_set_is_of_the_model_as_it_is(model, tmp_path):
 
 
 def test_killed_five_times_equals_never_killed(model, tmp_path):
-    points = ["sample:0", "write:5", "sample:1", "record:3", "write:0"]
     root = tmp_path / "killed"
-    worker = subprocess.run(
-        [sys.executable, Path(__file__).with_name("killed_worker.py"), root, *points],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert worker.stdout.splitlines() == [f"{point} -9" for point in points], worker.stderr
+    for point in ("sample:0", "write:5", "sample:1", "record:3", "write:0"):
+        worker = get_context("fork").Process(target=make_until, args=(point, root))
+        worker.start()
+        worker.join()
+        assert worker.exitcode == -signal.SIGKILL, point
     whole = generate(model, PROMPTS, SETTINGS, tmp_path / "whole")
     folder = root / whole.folder.name
     assert 5 <= len(list(folder.glob("*.png"))) < 22

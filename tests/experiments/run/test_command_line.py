@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,13 +13,12 @@ import pytest
 from hydra.errors import ConfigCompositionException, InstantiationException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from programs import Ended, call
 
 from cad.errors import UserError
-from experiments.run.command_line import INTERRUPTED, USAGE_ERROR, exit_status, find_mistake
-from experiments.run.configuration import REPOSITORY
+from experiments.run.command_line import INTERRUPTED, USAGE_ERROR, find_mistake
 
 HERE = Path(__file__).parent
-TIMEOUT = 300  # seconds
 
 
 def test_a_constructors_user_error_loses_its_wrapping() -> None:
@@ -58,33 +56,10 @@ def test_user_errors_and_full_disks_are_told_and_bugs_are_not() -> None:
     assert find_mistake(ValueError("a bug")) is None
 
 
-def test_exit_status(caplog: pytest.LogCaptureFixture) -> None:
-    def fail(error: BaseException) -> None:
-        raise error
-
-    assert exit_status(lambda: None) == 0
-    assert exit_status(lambda: fail(UserError("seed=-1"))) == USAGE_ERROR
-    assert exit_status(lambda: fail(KeyboardInterrupt())) == INTERRUPTED
-    assert "the same command goes on" in caplog.text
-    with pytest.raises(ValueError, match="a bug"):
-        exit_status(lambda: fail(ValueError("a bug")))
-
-
-def launch(folder: Path, *overrides: str, **more: str) -> subprocess.CompletedProcess[str]:
-    own = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **more}
+def launch(folder: Path, *overrides: str) -> Ended:
     multirun = ["-m"] if any("," in override for override in overrides) else []
-    return subprocess.run(
-        [
-            *(sys.executable, str(HERE / "launched_app.py"), *multirun, *overrides),
-            *(f"paths.results={folder}", f"hydra.sweep.dir={folder}/sweep"),
-        ],
-        cwd=REPOSITORY,
-        env=os.environ | own,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-        check=False,
-    )
+    places = [f"paths.results={folder}", f"hydra.sweep.dir={folder}/sweep"]
+    return call(HERE / "launched_app.py", *multirun, *overrides, *places)
 
 
 def told(folder: Path, number: int) -> str | None:
@@ -101,6 +76,7 @@ def test_a_mistake_is_one_line_and_a_bug_a_traceback(tmp_path: Path) -> None:
     assert "Traceback" in bug.stderr
     interrupted = launch(tmp_path, "concept=chain_saw")
     assert interrupted.returncode == INTERRUPTED
+    assert "the same command goes on" in interrupted.stderr
     assert "Traceback" not in interrupted.stderr
 
 
@@ -151,11 +127,13 @@ def cluster(tmp_path: Path) -> Path:
     return folder
 
 
-def test_slurm_jobs_ask_for_what_runs_need_and_die_alone(tmp_path: Path, cluster: Path) -> None:
+def test_slurm_jobs_ask_for_what_runs_need_and_die_alone(
+    tmp_path: Path, cluster: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     slurm = ("hydra/launcher=slurm", "hydra.launcher.partition=gpu")
-    path = f"{cluster}:{os.environ['PATH']}"
-    ended = launch(tmp_path, "concept=church,tench", *slurm, PATH=path)
+    monkeypatch.setenv("PATH", f"{cluster}:{os.environ['PATH']}")
+    ended = launch(tmp_path, "concept=church,tench", *slurm)
     assert ended.returncode == USAGE_ERROR
     assert "has not produced any output (state: FAILED)" in ended.stderr
     assert "Traceback" not in ended.stderr

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
+import programs
 import pytest
 from weights import write_weights
 
@@ -31,46 +30,47 @@ def stranger(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def ask(stranger: Path, *command: str) -> str:
+@pytest.fixture
+def ask(stranger: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """The output of a program of the suite, called from the stranger's folder."""
+    monkeypatch.chdir(stranger)
+    monkeypatch.syspath_prepend(stranger)
     paths = [f"paths.miniature={stranger}/weights", f"paths.results={stranger}/results"]
-    environment = {"PYTHONPATH": f"{REPOSITORY}:{stranger}", "COLUMNS": "150"}
-    environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    ended = subprocess.run(
-        [sys.executable, *command, *paths, "--config-dir", str(stranger / "conf")],
-        cwd=stranger,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr
-    return ended.stdout
+
+    def ask(*command: str) -> str:
+        ended = programs.call(*command, *paths, "--config-dir", str(stranger / "conf"))
+        assert ended.returncode == 0, ended.stderr
+        return ended.stdout
+
+    return ask
 
 
-RUN = (str(REPOSITORY / "run.py"), "model=mini", "debug=tiny", "logger=none", "limit=4")
+STATUS = REPOSITORY / "experiments" / "tables" / "status.py"
+RUN = (REPOSITORY / "run.py", "model=mini", "debug=tiny", "logger=none", "limit=4")
 
 
-def test_a_run_has_a_strangers_method_and_metric(stranger: Path) -> None:
-    shown = ask(stranger, *RUN, "edit=mine", "evaluator=[brightness]")
+def test_a_run_has_a_strangers_method_and_metric(ask: Callable[..., str]) -> None:
+    shown = ask(*RUN, "edit=mine", "evaluator=[brightness]")
     assert "brightness on parachute, grey levels" in shown
 
 
-def test_a_table_of_ones_own_is_made_and_known(stranger: Path) -> None:
-    ask(stranger, *RUN, "table=light")
+def test_a_table_of_ones_own_is_made_and_known(ask: Callable[..., str], stranger: Path) -> None:
+    ask(*RUN, "table=light")
     frame = pd.read_csv(stranger / "results" / "reproduction" / "light-mini.csv")
     assert list(frame["edit"]) == ["none", "mine"]
     assert frame["value"].notna().all()
     assert frame["paper"].isna().all()
     overrides = 'overrides=["debug=tiny","limit=4"]'
-    shown = ask(stranger, "-m", "experiments.tables.status", "model=mini", overrides)
+    shown = ask(STATUS, "model=mini", overrides)
     (line,) = (line for line in shown.splitlines() if "My table" in line)
     assert line.split("│")[3].strip() == "2"  # done
 
 
-def test_a_strangers_method_stands_in_table_1_and_in_the_report(stranger: Path) -> None:
+def test_a_strangers_method_stands_in_table_1_and_in_the_report(
+    ask: Callable[..., str], stranger: Path
+) -> None:
     fast = ("table=table01", "making.fast=true", "making.methods=+mine")
-    ask(stranger, *RUN, *fast, 'making.filter="concept=church edit=mine"')
+    ask(*RUN, *fast, 'making.filter="concept=church edit=mine"')
     folder = stranger / "results" / "reproduction"
     frame = pd.read_csv(folder / "table01-mini-fast.csv").set_index(["concept", "edit"])
     assert frame.loc[("church", "mine"), "value"].notna().all()
