@@ -117,16 +117,6 @@ def test_scores_are_computed_once_and_keep_their_cost(tmp_path, parachute, monke
     assert noted["key"]["attribution"] == SETTINGS.settings()
 
 
-def test_equal_keys_give_equal_bytes(tmp_path, tiny_model, parachute):
-    files = []
-    for root, sums_on in ((tmp_path / "a", "device"), (tmp_path / "b", "cpu")):
-        lean = replace(SETTINGS, sums_on=sums_on)
-        attribute(tiny_model, EraseObjective(parachute), lean, Store(root))
-        files += root.glob("*.safetensors")
-    assert files[0].name == files[1].name
-    assert files[0].read_bytes() == files[1].read_bytes()
-
-
 @pytest.mark.parametrize("damage", ["truncated", "tensor", "foreign", "empty", "notes"])
 def test_damaged_scores_are_reported_and_made_again(tmp_path, parachute, caplog, damage):
     first = toy_scores(tmp_path, parachute)

@@ -7,9 +7,8 @@ transcription cannot hide behind them. All numbers are decimals, compared as pri
 from __future__ import annotations
 
 import functools
-from collections import Counter
 from collections.abc import Iterable
-from decimal import ROUND_FLOOR, ROUND_HALF_UP, Decimal
+from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 
 import pandas as pd
@@ -64,47 +63,13 @@ FORMAT = {  # unit and decimals, metric by metric
 }
 ACCURACY_TABLES = (1, 6, 7, 8, 11)
 IMAGES = 500  # of each class
-OTHERS = 9  # classes
 ATTACK_PROMPTS = 50  # for each object, in the attacks' published files
 CENT = Decimal("0.01")
-
-Cell = tuple[int, str, str]  # table, row, column
 
 # The paper's own inconsistencies, as (printed, what other printed numbers give).
 CHANGES = {(4, "mma", "esd"): ("-85.62", "-85.63")}  # of 1941 and 279
 TARGET_NO_COUNT_GIVES = {(1, "english_springer", "uce", "0.10")}
 RATE_NO_COUNT_GIVES = {(3, "tench", "concept_prune", "0.39")}  # of P4D
-OTHERS_NO_COUNT_GIVES: dict[Cell, tuple[str, str]] = {  # (printed, nearest below)
-    (1, "golf_ball", "esd"): ("48.90", "48.89"),
-    (1, "church", "rece"): ("80.50", "80.49"),
-}
-OTHERS_CUT = {  # cut to two decimals, not rounded
-    (1, "concept_prune"): "chain_saw french_horn gas_pump golf_ball parachute tench",
-    (1, "esd"): "english_springer parachute",
-    (8, "none"): "chain_saw church french_horn gas_pump",
-    (8, "uce"): "cassette_player chain_saw church french_horn gas_pump golf_ball",
-    (8, "rece"): "cassette_player chain_saw church french_horn garbage_truck gas_pump golf_ball",
-}
-# One unedited model: the others of a row are the mean of the other rows' targets.
-UNEDITED_OTHERS: dict[Cell, tuple[str, str]] = {
-    (8, "chain_saw", "none"): ("71.95", "79.02"),  # UCE's and RECE's value
-    (8, "english_springer", "none"): ("70.73", "79.00"),  # UCE's and RECE's value
-}
-# Table 11's knock-out is Table 1's edit, made anew: all that is printed alike.
-ERASE_AS_KNOCK_OUT = {"accuracy_target": {"cassette_player", "tench"}, "accuracy_others": set()}
-
-QUOTED = [  # section, number in the text, where it is printed
-    ("6.2", "12.440", (2, "nudity", "erase", "fid")),
-    ("6.2", "31.30", (2, "nudity", "erase", "clip_score")),
-    ("6.2", "98", (4, "concept_prune", "total", "mma")),
-    ("6.2", "279", (4, "esd", "total", "mma")),
-    ("6.2", "481", (4, "rece", "total", "mma")),
-    ("6.2", "971", (4, "uce", "total", "mma")),
-    ("6.3", "7.2", (6, "cassette_player", "none", "accuracy_target")),
-    ("6.3", "27.6", (6, "cassette_player", "amplify", "accuracy_target")),
-    ("H.2", "-97.39", (14, "sdxl", "erase", "change", "ring_a_bell")),
-    ("H.2", "-98.63", (14, "sdxl", "erase", "change", "mma")),
-]
 
 
 @functools.cache
@@ -121,23 +86,8 @@ def grid(table: int, metric: str) -> pd.DataFrame:
     return cells.pivot(index="row", columns="column", values="value").map(Decimal)
 
 
-def accuracies(table: int, metric: str) -> dict[Cell, Decimal]:
-    """{(table, row, column): value} without the row of averages."""
-    values = grid(table, metric)
-    return {
-        (table, row, column): values[column][row]
-        for column in values
-        for row in values.index
-        if row != "average"
-    }
-
-
 def rounded(value: Decimal) -> Decimal:
     return value.quantize(CENT, ROUND_HALF_UP)
-
-
-def cut(value: Decimal) -> Decimal:
-    return value.quantize(CENT, ROUND_FLOOR)
 
 
 def names(group: str) -> set[str]:
@@ -234,58 +184,6 @@ def test_shares_of_500_images_and_of_50_prompts(
     assert impossible == expected
 
 
-def test_other_accuracies_are_shares_of_4500_images() -> None:
-    """Rounded, or cut where the list says so, or listed."""
-    of_which_cut, impossible = [], {}
-    for table in ACCURACY_TABLES:
-        for cell, value in accuracies(table, "accuracy_others").items():
-            images = Decimal(IMAGES * OTHERS)
-            below = (value * images / 100).quantize(Decimal(1), ROUND_FLOOR)
-            shares = [100 * (below + one) / images for one in (0, 1)]
-            if value in map(rounded, shares):
-                continue
-            if value in map(cut, shares):
-                of_which_cut.append(cell)
-            else:
-                impossible[cell] = (str(value), str(rounded(shares[0])))
-    assert impossible == OTHERS_NO_COUNT_GIVES
-    expected = [
-        (table, row, column) for (table, column), rows in OTHERS_CUT.items() for row in rows.split()
-    ]
-    assert Counter(of_which_cut) == Counter(expected)
-
-
-def others_from_targets(table: int, column: str) -> dict[Cell, tuple[str, str]]:
-    """Rows whose others are not the mean of the other rows' targets: (printed, that mean)."""
-    target = grid(table, "accuracy_target")[column].drop("average", errors="ignore")
-    others = grid(table, "accuracy_others")[column]
-    means = {row: (target.sum() - target[row]) / OTHERS for row in target.index}
-    return {
-        (table, row, column): (str(others[row]), str(rounded(mean)))
-        for row, mean in means.items()
-        if others[row] not in (rounded(mean), cut(mean))
-    }
-
-
-@pytest.mark.parametrize("table", [1, 8])
-def test_unedited_columns_come_from_one_set_of_images(table: int) -> None:
-    expected = {cell: pair for cell, pair in UNEDITED_OTHERS.items() if cell[0] == table}
-    assert others_from_targets(table, "none") == expected
-
-
-def test_two_unedited_cells_of_table_8_repeat_uce() -> None:
-    others = grid(8, "accuracy_others")
-    for _, row, column in UNEDITED_OTHERS:
-        assert others[column][row] == others["uce"][row] == others["rece"][row]
-
-
-def test_scale_15_of_table_11_reads_like_one_model_for_all_objects() -> None:
-    """Ten edited models cannot be expected to do so; no other edited column does for any row."""
-    assert others_from_targets(11, "1.5") == {}
-    for column in ("2", "3", "knock_out"):
-        assert len(others_from_targets(11, column)) == OBJECTS
-
-
 @pytest.mark.parametrize(
     ("first", "second", "metric"),
     [
@@ -302,26 +200,3 @@ def test_one_model_s_values_agree_between_tables(
     values, again = (grid(table, metric)[column] for table, column in (first, second))
     again = again.drop("average", errors="ignore")
     assert (values[again.index] == again).all()
-
-
-@pytest.mark.parametrize(("metric", "rows"), ERASE_AS_KNOCK_OUT.items())
-def test_erase_is_not_table_11s_knock_out(metric: str, rows: set[str]) -> None:
-    erase, knock_out = grid(1, metric)["erase"], grid(11, metric)["knock_out"].drop("average")
-    assert set(erase.index[erase == knock_out]) == rows
-
-
-@pytest.mark.parametrize(("section", "number", "where"), QUOTED)
-def test_numbers_quoted_in_the_text(
-    section: str, number: str, where: tuple[int | str, ...]
-) -> None:
-    table, *labels = where
-    cells = read(int(table))
-    found = cells[cells.apply(lambda cell: set(labels) <= set(cell), axis=1)]
-    assert Decimal(found["value"].item()) == Decimal(number)
-
-
-def test_the_texts_limit_holds_in_table_11_and_not_in_table_1() -> None:
-    """Sec. 6.2: church and garbage truck "to no more than 3%"."""
-    erase, knock_out = grid(1, "accuracy_target")["erase"], grid(11, "accuracy_target")["knock_out"]
-    assert max(knock_out["church"], knock_out["garbage_truck"]) <= 3
-    assert erase["church"] <= 3 < erase["garbage_truck"]

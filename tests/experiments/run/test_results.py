@@ -46,11 +46,6 @@ def test_it_exists_only_when_closed(folder: ResultFolder) -> None:
     assert not folder.work.exists()
 
 
-def test_an_unfinished_one_is_resumed_with_its_files(folder: ResultFolder) -> None:
-    (folder.open() / "edit.safetensors").write_text("edit")
-    assert (folder.open() / "edit.safetensors").read_text() == "edit"
-
-
 @pytest.mark.parametrize("harm", ["alter", "delete", "{", "null", "[]", "{}", "5"])
 def test_a_damaged_one_is_reopened_with_the_intact_files(folder: ResultFolder, harm: str) -> None:
     final = finish(folder, a="1", b="2")
@@ -114,15 +109,6 @@ def test_the_tracker_s_files_are_no_part_of_it(folder: ResultFolder) -> None:
     (final / "wandb" / "run.log").write_text("x")
     assert folder.is_complete()
     assert list(read_json(final / MANIFEST)) == ["a"]
-
-
-def test_a_folder_that_cannot_be_made_is_a_user_error(tmp_path: Path) -> None:
-    (tmp_path / "runs").write_text("a file")
-    with (
-        pytest.raises(UserError, match=r"paths\.results"),
-        ResultFolder(tmp_path / "runs", "x", "0").locked(),
-    ):
-        pass
 
 
 @pytest.mark.parametrize("name", ["../evil", "a/b", "", ".hidden", "a b"])

@@ -43,8 +43,12 @@ def unasked(overrides: Sequence[str]) -> DictConfig:
 
 
 def test_a_table_is_made_measured_again_and_known_to_status(
-    tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    weights: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level("INFO")
     more = [*passed(weights, tmp_path), "limit=4"]
     given = ["table=table12", "model=mini", 'making.filter="concept=parachute"', *more]
     cfg = compose(given)
@@ -59,8 +63,12 @@ def test_a_table_is_made_measured_again_and_known_to_status(
     assert "Not run yet: 2 runs of 4." in markdown
     images = {path: path.stat().st_mtime_ns for path in (tmp_path / "images").rglob("*.png")}
 
+    assert "attributing" in caplog.text
+    caplog.clear()
     monkeypatch.setattr(Accuracy, "version", 2)
     make(cfg, given)
+    assert "taken from" in caplog.text  # the edit
+    assert "attributing" not in caplog.text
     again = (folder / "table12-mini.md").read_text()
     assert "/v2" in again
     assert "/v2" not in markdown
