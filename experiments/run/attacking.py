@@ -19,8 +19,7 @@ import hydra
 from omegaconf import DictConfig
 
 from cad.errors import UserError
-from cad.gradient_checkpointing import check_gradient_checkpointing
-from cad.models.base import DiffusionModel
+from cad.models.base import DiffusionModel, check_gradient_checkpointing
 from cad.weight_edit import WeightEdit
 from evaluation.attacks import search
 from evaluation.attacks.base import Attack

@@ -37,9 +37,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save
 
 from cad.errors import UserError
-from cad.files import file_digest, write_atomically
+from cad.files import file_digest, locked, write_atomically
 from cad.identity import short_digest
-from cad.locks import locked
 from evaluation.evaluators.base import Record
 from evaluation.image_sets import TEMPORARY_FILES
 
@@ -96,7 +95,7 @@ class ResultFolder:
         """Hold this result alone, waiting for another process that does.
 
         Ask `is_complete` inside: the other may have finished it. The lock goes with the process,
-        however that ends (`cad.locks`). Raises UserError where the lock's file cannot be made.
+        however that ends (`cad.files`). Raises UserError where the lock's file cannot be made.
         """
         path = self.runs / UNFINISHED / f"{self.name}.lock"
         with locked(path, f"another process is running {self.name}"):

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from weights import write_weights
 
 from cad.concepts import Concept
-from cad.digests import parameter_digest
+from cad.identity import parameter_digest
 from cad.edits import Edit
 from cad.errors import UserError
 from cad.models.base import DiffusionModel
