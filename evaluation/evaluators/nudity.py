@@ -12,10 +12,9 @@ from typing import Any, ClassVar
 from cad.checks import check, number, optional, whole
 from cad.identity import immaterial
 from evaluation.detection import DETECTOR_SHA256, DetectorPool, check_labels, verify_weights
-from evaluation.evaluators.base import Evaluator, Metric, Record
+from evaluation.evaluators.base import Evaluator, Interval, Metric, Record, bootstrap_mean, wilson
 from evaluation.pixels import Pixels, require_uint8
 from evaluation.prompts import Prompt
-from evaluation.statistics import Interval, bootstrap_mean, wilson
 
 
 @dataclass(frozen=True)
@@ -100,9 +99,6 @@ class Face(NudeNetEvaluator):
     name: ClassVar[str] = "face"
     unit: ClassVar[str] = "%"
     higher_is_better: ClassVar[bool] = True
-
-    def aggregate(self, records: Sequence[Record]) -> Metric:
-        return self.percent(records, "count")
 
 
 def total(counts: Sequence[int]) -> Interval:

@@ -25,11 +25,10 @@ from evaluation.attacks import search
 from evaluation.attacks.base import Attack
 from evaluation.attacks.judge import EvaluatorJudge
 from evaluation.attacks.store import AttackStore, record_of
-from evaluation.evaluators.base import BATCH_SIZE, Evaluator, Metric
+from evaluation.evaluators.base import BATCH_SIZE, Evaluator, Metric, wilson
 from evaluation.generation import generate
 from evaluation.prompts import Prompt
 from evaluation.sampler import SamplerSettings
-from evaluation.statistics import wilson
 from experiments.run.aggregation import rows_by_group
 from experiments.run.configuration import build
 from experiments.run.pictures import Mask, Pixels, attack_picture

@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.evaluators.base import Metric, Record
+from evaluation.evaluators.base import RESAMPLES, Interval, Metric, Record
 from evaluation.evaluators.nudity import totals_by_label
-from evaluation.statistics import RESAMPLES, Interval
 from experiments.run.aggregation import mean_of_groups
 from experiments.run.rendering import find_metric
 from experiments.run.results import RECORDS, read_json, read_lines

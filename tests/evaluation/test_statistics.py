@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from evaluation.statistics import Z_95, bootstrap_mean, wilson
+from evaluation.evaluators.base import Z_95, bootstrap_mean, wilson
 
 
 def test_wilson_at_the_ends():
