@@ -29,8 +29,8 @@ from evaluation.evaluators.base import BATCH_SIZE, Evaluator, Metric, wilson
 from evaluation.generation import generate
 from evaluation.prompts import Prompt
 from evaluation.sampler import SamplerSettings
-from experiments.run.aggregation import rows_by_group
 from experiments.run.configuration import build
+from experiments.run.groups import rows_by_group
 from experiments.run.pictures import Mask, Pixels, attack_picture
 from experiments.run.results import write_lines
 

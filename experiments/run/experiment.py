@@ -34,10 +34,9 @@ from evaluation.evaluators.base import CONCEPT, GENERAL, Evaluator
 from evaluation.generation import check_prompts, generate
 from evaluation.prompts import Prompt, PromptSet
 from evaluation.sampler import Engine, SamplerSettings
-from experiments.run.aggregation import Images, evaluate
 from experiments.run.configuration import build, check, settle
+from experiments.run.groups import ATTACKED, Images, Prompts, evaluate, needed_prompts, read_prompts
 from experiments.run.pictures import Mask, before_after, loss_curve
-from experiments.run.prompts import ATTACKED, Prompts, needed_prompts, read_prompts
 from experiments.run.rendering import result_table, show_result, title, to_markdown
 from experiments.run.results import (
     ResultFolder,

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cad.models.base import RANDOM
-from experiments.run.aggregation import MEAN
+from experiments.run.groups import MEAN
 from experiments.run.results import read_json
 
 DASH = "–"  # nothing was measured

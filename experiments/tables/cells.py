@@ -14,7 +14,7 @@ import numpy as np
 
 from evaluation.evaluators.base import RESAMPLES, Interval, Metric, Record
 from evaluation.evaluators.nudity import totals_by_label
-from experiments.run.aggregation import mean_of_groups
+from experiments.run.groups import mean_of_groups
 from experiments.run.rendering import find_metric
 from experiments.run.results import RECORDS, read_json, read_lines
 from experiments.tables.exhibit import (

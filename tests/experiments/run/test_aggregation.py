@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from evaluation.evaluators.base import GENERAL, Evaluator, Interval, Metric, Record
 from evaluation.prompts import Prompt
-from experiments.run.aggregation import MEAN, POOLED, aggregate, mean_of_groups
+from experiments.run.groups import MEAN, POOLED, aggregate, mean_of_groups
 
 
 class Share(Evaluator):
