@@ -42,10 +42,9 @@ from cad.components import matching_weights, text_projections
 from cad.concepts import Concept
 from cad.edits import Edit
 from cad.errors import UserError
-from cad.gradient_checkpointing import check_gradient_checkpointing, checkpointed_gradients
 from cad.identity import digest, immaterial
 from cad.instrument import Cost, measure
-from cad.models.base import DiffusionModel
+from cad.models.base import DiffusionModel, check_gradient_checkpointing, checkpointed_gradients
 from cad.models.conditioning import Conditioning
 from cad.models.sampler import Sampler
 from cad.sampling import draw_noise, guide, make_generators

@@ -24,10 +24,9 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from cad.checks import check, flag, one_of
 from cad.components import component_weights
 from cad.errors import UserError
-from cad.gradient_checkpointing import check_gradient_checkpointing, checkpointed_gradients
 from cad.identity import Identified, describe_runtime, immaterial
 from cad.instrument import Cost, measure
-from cad.models.base import DiffusionModel
+from cad.models.base import DiffusionModel, check_gradient_checkpointing, checkpointed_gradients
 from cad.objectives import Objective
 from cad.store import Notes, Store, read_tensors, write_tensors
 from cad.trajectories import KEYS, NoisePlan

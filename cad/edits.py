@@ -7,8 +7,9 @@ it changes; provenance is done here, once for all.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -44,13 +45,8 @@ class Edit(ABC):
 
         Raises UserError, before work is spent, where the method cannot be used on these.
         """
-        concepts = (concept, *more)
-        provenance = self.provenance(model, concepts)
-        try:
-            made = self.make(model, concepts)
-        except UserError as error:
-            raise UserError(f"edit={self.name}: {error}") from error
-        return replace(made, provenance=provenance)
+        edit, _ = make_edit(self, model, (concept, *more))
+        return edit
 
     def identity(self, concepts: Sequence[Concept]) -> dict[str, Any]:
         """All that determines the edit beside model and machine; JSON-able. Loads no weights."""
@@ -82,7 +78,7 @@ class Edit(ABC):
         """Finds the changes, and leaves the model as it was found, also after an exception.
 
         `cost` (`cad.instrument.measure`) is the method's own work, no hashing or storing; work
-        taken from a cache counts with its original cost. The provenance is added by `__call__`.
+        taken from a cache counts with its original cost. The provenance is added by `make_edit`.
         Raises UserError, before work is spent, for a model or concepts that the method cannot do.
         """
 
@@ -133,16 +129,18 @@ class ScoredEdit(Edit):
                         indices = torch.cat([chosen[name], indices]).unique()  # ascending
                     chosen[name] = indices
             cost += scored.cost + selecting.cost
-        changes = {name: self.change(compact(indices)) for name, indices in chosen.items()}
-        return WeightEdit(changes, cost=cost)
+        change = self.change
+        compacted = {name: compact(indices) for name, indices in chosen.items()}
+        return WeightEdit({name: change(each) for name, each in compacted.items()}, cost=cost)
 
     def scored(self, model: DiffusionModel, objective: Objective) -> Scored:
         """The scores that are chosen from: the store's, or computed (and kept, if there is one)."""
         return attribute(model, objective, self.attribution, self.store)
 
-    def change(self, indices: Tensor) -> Change:
-        """The change of the chosen components: they are knocked out."""
-        return Zero(indices)
+    @property
+    def change(self) -> Callable[[Tensor], Change]:
+        """From the chosen components' indices to their change: they are knocked out."""
+        return Zero
 
 
 @dataclass(eq=False)
@@ -196,8 +194,9 @@ class CADRescale(CADErase):
     def settings(self, concepts: Sequence[Concept]) -> Mapping[str, Any]:
         return {**super().settings(concepts), "factor": self.factor}
 
-    def change(self, indices: Tensor) -> Change:
-        return Scale(indices, self.factor)
+    @property
+    def change(self) -> Callable[[Tensor], Change]:
+        return partial(Scale, factor=self.factor)
 
 
 def make_edit(
@@ -210,10 +209,18 @@ def make_edit(
 
     `cost.cached` tells which. Raises what `Edit.__call__` and `Store.get_or_make` raise.
     """
+    key = method.provenance(model, concepts)
+
+    def make() -> WeightEdit:
+        try:
+            made = method.make(model, concepts)
+        except UserError as error:
+            raise UserError(f"edit={method.name}: {error}") from error
+        return replace(made, provenance=key)
+
     if store is None:
-        return method(model, *concepts), None
-    key, what = method.provenance(model, concepts), f"the edit by {method.name}"
-    found = store.get_or_make(key, what, _read, lambda: method(model, *concepts), _write)
+        return make(), None
+    found = store.get_or_make(key, f"the edit by {method.name}", _read, make, _write)
     method.clean_up(model, concepts)
     return found
 

@@ -1,7 +1,8 @@
 """Everything that determines a result, said by each of its parts for itself.
 
 A model, an edit, a prompt set, a sampler, an evaluator, an attack: every part answers with its
-`settings`, and the identity of a result is the hash of its parts' answers.
+`settings`, and the identity of a result is the hash of its parts' answers. Weights and other
+tensors answer with hashes of their content.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, field, fields, is_dataclass
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor, nn
 
 HASH_LENGTH = 12  # hexadecimal digits of names that people read
 LIBRARIES = ("torch", "diffusers", "transformers", "pillow")  # all that numbers or pixels pass
@@ -84,6 +86,21 @@ def digest(value: Any) -> str:
 def short_digest(value: Any) -> str:
     """The first HASH_LENGTH digits of `digest`."""
     return digest(value)[:HASH_LENGTH]
+
+
+def tensors_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over names, shapes, dtypes and bytes, in the order of the names, on any device."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+        digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}\n".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def parameter_digest(module: nn.Module) -> str:
+    """SHA-256 over all parameters of a module: the identity of its weights, as loaded."""
+    return tensors_digest(module.named_parameters())
 
 
 def describe_runtime(device: torch.device | str) -> dict[str, Any]:

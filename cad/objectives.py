@@ -106,8 +106,8 @@ class EraseObjective(Objective):
         return plan.steps * len(plan.batches(plan.samples)), self._terms(model, plan)
 
     def _terms(self, model: DiffusionModel, plan: NoisePlan) -> Terms:
-        c, unconditional = self.conditioning(model), model.encode_prompts([""])
-        c_b = model.encode_prompts([self.concept.base_prompt])
+        prompts = [self.concept.prompt, "", self.concept.base_prompt]
+        c, unconditional, c_b = model.encode_prompts(prompts, apart=True).split()  # (1, ...) each
         for visit in trajectories.visits(model, plan, c, unconditional):
             target = visit.unconditional
             if self.concept.base_prompt:

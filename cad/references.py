@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cad.concepts import Concept
-from cad.digests import tensors_digest
 from cad.errors import UserError
 from cad.files import file_digest
+from cad.identity import tensors_digest
 from cad.models.base import DiffusionModel
 from cad.sampling import make_generators, walk
 

@@ -2,7 +2,7 @@
 
 A file has tensors and a header, and the same bytes whenever it is made from an equal key. Beside it
 lies `<hash>.json` with the key in clear, and with what differs from one making to the next, such as
-the cost. Of several processes that need the same, one makes it and the others wait (`cad.locks`).
+the cost. Of several processes that need the same, one makes it and the others wait (`cad.files`).
 """
 
 from __future__ import annotations
@@ -17,11 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cad.digests import tensors_digest
 from cad.errors import UserError
-from cad.files import atomic_path, write_atomically, writing_results
-from cad.identity import digest
-from cad.locks import locked
+from cad.files import atomic_path, locked, write_atomically, writing_results
+from cad.identity import digest, tensors_digest
 
 METADATA = "cad"  # the one entry: safetensors writes several in random order
 

@@ -18,8 +18,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from cad.digests import tensors_digest
 from cad.errors import UserError
+from cad.identity import tensors_digest
 from cad.instrument import Cost
 from cad.models.base import DiffusionModel
 from cad.store import DamagedFileError, read_tensors, write_tensors

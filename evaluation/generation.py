@@ -15,8 +15,8 @@ from typing import Any
 from tqdm import tqdm
 
 from cad.errors import UserError
+from cad.files import locked
 from cad.identity import describe_runtime, digest
-from cad.locks import locked
 from cad.models.base import DiffusionModel
 from cad.weight_edit import NO_EDIT
 from evaluation.image_sets import ImageSet, ImageWriter, replace_if_other, verify

@@ -21,6 +21,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -84,9 +85,15 @@ class ImageSet:
 
     def record(self, index: int, sha256: str, finite: bool) -> ImageRecord:
         """What is kept of an image: prompt, hash of its PNG, and whether its values were finite."""
-        prompt = self.prompts[index]
-        asked = {"index": index, "prompt": prompt.text, "seed": prompt.seed}
-        return asked | prompt.own_settings() | {"sha256": sha256, "finite": finite}
+        return self._asked[index] | {"sha256": sha256, "finite": finite}
+
+    @cached_property
+    def _asked(self) -> list[ImageRecord]:
+        """How the images' records begin: with all that was asked for."""
+        return [
+            {"index": index, "prompt": prompt.text, "seed": prompt.seed} | prompt.own_settings()
+            for index, prompt in enumerate(self.prompts)
+        ]
 
 
 def verify(images: ImageSet) -> dict[int, ImageRecord]:

@@ -75,14 +75,15 @@ class ObjectPrompts(PromptSet):
         _check_template(self.template, {"subject"})
 
     def build(self) -> list[Prompt]:
+        subjects = {name: with_article(text) for name, text in self.subjects.items()}
         return [
             Prompt(
-                text=self.template.format(subject=with_article(text)),
+                text=self.template.format(subject=subject),
                 seed=derive_seed(self.seed, name, index),
                 group=name,
             )
             for index in range(self.images_per_class)
-            for name, text in self.subjects.items()
+            for name, subject in subjects.items()
         ]
 
 

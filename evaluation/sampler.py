@@ -119,8 +119,8 @@ def sample_batches(
     Raises UserError if a single image does not fit into the GPU's memory.
     """
     unconditional = model.encode_prompts([""])
-    most = settings.batch_size  # images at once
-    for batch, conditioning in zip(batches, _encoded(model, batches), strict=True):
+    most, encoded = settings.batch_size, _encoded(model, batches, model.device)
+    for batch, conditioning in zip(batches, encoded, strict=True):
         pieces: list[tuple[Pixels, Finite]] = []
         start = 0
         while start < len(batch.prompts):
@@ -136,26 +136,24 @@ def sample_batches(
         yield batch, np.concatenate(pixels), np.concatenate(finite)
 
 
-def _encoded(model: DiffusionModel, batches: Sequence[Batch]) -> Iterator[Conditioning]:
-    """The batches' conditionings. A prompt is encoded once, by itself: no other moves its bits.
+def _encoded(
+    model: DiffusionModel, batches: Sequence[Batch], device: torch.device
+) -> Iterator[Conditioning]:
+    """The batches' conditionings, on the device. A prompt is encoded once, and by itself.
 
-    What later batches need waits in main memory, and none is kept longer. Prompts are cut to what
-    the encoder takes: `check_prompts` has refused those that may not be.
+    What later batches need waits in main memory. Prompts are cut to what the encoder takes:
+    `check_prompts` has refused those that may not be.
     """
     last_use = {prompt.text: i for i, batch in enumerate(batches) for prompt in batch.prompts}
     known: dict[str, Conditioning] = {}
     for i, batch in enumerate(batches):
         texts = [prompt.text for prompt in batch.prompts]
-        with model.encoding():
-            for text in dict.fromkeys(texts):
-                if text not in known:
-                    known[text] = _moved(model.encode_prompts([text], truncate=True), "cpu")
-        yield _moved(Conditioning.cat([known[text] for text in texts]), model.device)
+        new = [text for text in dict.fromkeys(texts) if text not in known]
+        if new:
+            encoded = model.encode_prompts(new, truncate=True, apart=True).to("cpu")
+            known |= dict(zip(new, encoded.split(), strict=True))
+        yield Conditioning.cat([known[text] for text in texts]).to(device)
         known = {text: kept for text, kept in known.items() if last_use[text] > i}
-
-
-def _moved(conditioning: Conditioning, device: torch.device | str) -> Conditioning:
-    return Conditioning({name: t.to(device) for name, t in conditioning.tensors.items()})
 
 
 @torch.no_grad()

@@ -36,7 +36,9 @@ class LinearToyModel(DiffusionModel):
     def check_prompts(self, prompts: Sequence[str]) -> None:
         pass
 
-    def encode_prompts(self, prompts: Sequence[str], *, truncate: bool = False) -> Conditioning:
+    def encode_prompts(
+        self, prompts: Sequence[str], *, truncate: bool = False, apart: bool = False
+    ) -> Conditioning:
         lengths = torch.tensor([[float(len(prompt))] for prompt in prompts])
         return Conditioning({"c": lengths.expand(-1, 4)})
 

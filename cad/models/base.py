@@ -6,20 +6,20 @@ Phi is the network in its own parameterisation (epsilon, v or flow velocity), as
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cad.checks import one_of
-from cad.digests import parameter_digest
 from cad.errors import UserError
-from cad.models.conditioning import Conditioning
+from cad.identity import parameter_digest
+from cad.models.conditioning import Conditioning, TokenSpace
 from cad.models.sampler import Sampler
-from cad.token_space import TokenSpace
 
 PUBLISHED = "published"
 RANDOM = ("random", "random-small")  # at full size, at small widths
@@ -65,7 +65,6 @@ class DiffusionModel(ABC):
         self.resolution = resolution  # pixels per side
         self.latent_shape = latent_shape  # (C, h, w)
         self.origin = origin
-        self._digests: dict[str, str] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -91,14 +90,8 @@ class DiffusionModel(ABC):
         """All that identifies the model in keys and results; JSON-able, the same on every machine.
 
         `fingerprint` is the SHA-256 of the denoiser's parameters as loaded, `pipeline` that of what
-        surrounds them (configuration, text encoder, image autoencoder, scheduler). Both are
-        computed once: inside `WeightEdit.applied` they are still those of the unedited model.
+        surrounds them (configuration, text encoder, image autoencoder, scheduler).
         """
-        if self._digests is None:
-            self._digests = {
-                "fingerprint": parameter_digest(self.denoiser),
-                "pipeline": self.surroundings_digest(),
-            }
         return {
             "id": self.origin.id,
             "revision": self.origin.revision,
@@ -107,16 +100,21 @@ class DiffusionModel(ABC):
             "dtype": str(self.dtype).removeprefix("torch."),
             "resolution": self.resolution,
             "latent_shape": list(self.latent_shape),
-            **self._digests,
+            **self.digests,
         }
 
     def file_digests(self) -> dict[str, str]:
         """SHA-256 of the files that the weights were read from; none if there were none."""
         return {}
 
-    def forget_digests(self) -> None:
-        """To be called by whoever changes weights for good: `provenance` then hashes again."""
-        self._digests = None
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """`provenance`'s, computed once: inside `WeightEdit.applied` they are the unedited model's.
+
+        Whoever changes weights for good deletes them, and they are computed again.
+        """
+        pipeline = self.surroundings_digest()
+        return {"fingerprint": parameter_digest(self.denoiser), "pipeline": pipeline}
 
     @property
     @abstractmethod
@@ -132,10 +130,13 @@ class DiffusionModel(ABC):
         """UserError if a prompt is longer than the encoder takes. Runs no network."""
 
     @abstractmethod
-    def encode_prompts(self, prompts: Sequence[str], *, truncate: bool = False) -> Conditioning:
+    def encode_prompts(
+        self, prompts: Sequence[str], *, truncate: bool = False, apart: bool = False
+    ) -> Conditioning:
         """Text conditioning of N prompts, without gradient.
 
-        Raises UserError if a prompt is longer than the encoder takes, unless `truncate`.
+        They are encoded at once, or each by itself if `apart`: then no other moves its bits. Raises
+        UserError if a prompt is longer than the encoder takes, unless `truncate`.
         """
 
     def encoding(self) -> AbstractContextManager[None]:
@@ -205,6 +206,31 @@ class DiffusionModel(ABC):
     @abstractmethod
     def decode_latents(self, x_0: Tensor) -> Tensor:
         """Scaled latents (N, C, h, w) -> images (N, 3, H, W), float32 in [0, 1], same device."""
+
+
+def check_gradient_checkpointing(model: DiffusionModel, wanted: bool, key: str) -> None:
+    """UserError if it is wanted and the denoiser cannot do it; `key` is its configuration key."""
+    if wanted and not getattr(model.denoiser, "_supports_gradient_checkpointing", False):
+        raise UserError(
+            f"{key}=true is not allowed for model={model.name}: "
+            f"{type(model.denoiser).__name__} does not support it."
+        )
+
+
+@contextmanager
+def checkpointed_gradients(denoiser: Any, wanted: bool) -> Iterator[None]:
+    """Gradient checkpointing inside the block, if it is wanted; afterwards as it was.
+
+    It takes less memory for the same gradients: the backward computes activations again.
+    """
+    if not wanted or denoiser.is_gradient_checkpointing:
+        yield
+        return
+    denoiser.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        denoiser.disable_gradient_checkpointing()
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

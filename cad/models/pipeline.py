@@ -12,14 +12,12 @@ import torch
 from torch import Tensor
 
 from cad.checks import one_of
-from cad.digests import parameter_digest
 from cad.errors import UserError
-from cad.identity import digest
+from cad.identity import digest, parameter_digest
 from cad.models.base import DiffusionModel, Origin
-from cad.models.conditioning import TextEncoder, visiting
+from cad.models.conditioning import TextEncoder, TokenSpace, visiting
 from cad.models.hub import Located
 from cad.models.sampler import Sampler
-from cad.token_space import TokenSpace
 
 SPARE_ROWS = 127  # T5's word vectors are padded to a multiple of 128
 SAVING_NOTES = ("architectures", "dtype", "transformers_version")
@@ -50,7 +48,7 @@ class PipelineModel(DiffusionModel):
         self._scheduler = pipeline.scheduler
         self._first_order = self.first_order(name, pipeline.scheduler)
         self.texts = [
-            TextEncoder(pipeline, suffix)
+            TextEncoder(name, pipeline, suffix)
             for suffix in self.text_suffixes
             if getattr(pipeline, f"text_encoder{suffix}") is not None
         ]
@@ -119,14 +117,7 @@ class PipelineModel(DiffusionModel):
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         for text in self.texts:
-            for prompt in prompts:
-                length = text.count(prompt)
-                if length > text.max_tokens:
-                    raise UserError(
-                        f"the prompt {prompt!r} has {length} tokens; the text encoder of "
-                        f"model={self.name} takes {text.max_tokens}, with start and end. Shorten "
-                        "it (for a concept: concept.prompt and concept.base_prompt)."
-                    )
+            text.check(prompts)
 
     @contextmanager
     def encoding(self) -> Iterator[None]:
@@ -146,13 +137,7 @@ class PipelineModel(DiffusionModel):
                 f"model={self.name} reads a prompt through {len(self.texts)} text encoders: "
                 "attacks on tokens are made for models with one, such as model=sd14 or sd21."
             )
-        return TokenSpace(self.name, self.texts[0], self.device)
-
-    def _encoded(self, text: TextEncoder, prompts: Sequence[str], *, hidden: bool = False) -> Any:
-        """A text encoder's output for N prompts; with those of all its layers if `hidden`."""
-        ids = text.token_ids(prompts).to(self.device)  # (N, L)
-        with visiting(text.network, self.device):
-            return text.network(ids, output_hidden_states=hidden)
+        return TokenSpace(self.texts[0], self.device)
 
     def sampler(self, steps: int, kind: str = "default", eta: float | None = 0.0) -> Sampler:
         one_of(("default", "ddim"))("sampler.kind", kind)
@@ -169,7 +154,7 @@ class PipelineModel(DiffusionModel):
     @torch.no_grad()
     def decode_latents(self, x_0: Tensor) -> Tensor:
         latents = x_0.to(self.vae.dtype) / self.vae.config.scaling_factor + self._shift
-        with visiting(self.vae, self.device):
+        with visiting(self.vae, x_0.device):
             pixels: Tensor = self.vae.decode(latents, return_dict=False)[0]  # (N, 3, H, W)
         return (pixels.float() / 2 + 0.5).clamp(0, 1)  # from [-1, 1]
 

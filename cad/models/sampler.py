@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from cad.checks import share
 from cad.errors import UserError
 
 
@@ -26,11 +25,11 @@ class Sampler:
         self._takes = frozenset(inspect.signature(scheduler.step).parameters)
         self._scheduler = scheduler
         name, most = type(scheduler).__name__, scheduler.config.num_train_timesteps
-        if eta is None:
-            eta = 1.0 if "eta" in self._takes else 0.0
-        self._eta = share("eta", eta)
-        if eta > 0 and "eta" not in self._takes:
-            raise UserError(f"eta={eta} is not allowed: {name} has no eta. Use eta=0 or DDIM.")
+        most_eta = 1.0 if "eta" in self._takes else 0.0
+        self._eta = most_eta if eta is None else eta
+        if not 0 <= self._eta <= most_eta:
+            has = "takes 0 to 1" if most_eta else "has no eta. Use eta=0 or DDIM"
+            raise UserError(f"eta={eta} is not allowed: {name} {has}.")
         if not 1 <= steps <= most:
             raise UserError(f"steps={steps} is not allowed; the model takes 1 to {most}.")
         scheduler.set_timesteps(steps, device=device)

@@ -7,9 +7,9 @@ Phi predicts the noise (epsilon; SD 1.x) or the velocity v = alpha_t * epsilon -
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, ClassVar
 
-import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from torch import Tensor
 
@@ -41,16 +41,15 @@ class StableDiffusionModel(PipelineModel):
     def _ddim(self) -> Any:
         return self._first_order
 
-    @property
+    @cached_property
     def prediction_type(self) -> str:
         return str(self._ddim.config.prediction_type)
 
-    @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str], *, truncate: bool = False) -> Conditioning:
-        if not truncate:
-            self.check_prompts(prompts)
-        states = self._encoded(self.texts[0], prompts).last_hidden_state  # (N, L, D)
-        return Conditioning({"states": states})
+    def encode_prompts(
+        self, prompts: Sequence[str], *, truncate: bool = False, apart: bool = False
+    ) -> Conditioning:
+        (text,) = self.texts
+        return text.encode(prompts, self.device, truncate=truncate, apart=apart)
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         states = conditioning.tensors["states"]

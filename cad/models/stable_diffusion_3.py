@@ -68,18 +68,18 @@ class StableDiffusion3Model(PipelineModel):
             )
         return shape
 
-    @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str], *, truncate: bool = False) -> Conditioning:
-        if not truncate:
-            self.check_prompts(prompts)
-        clips = [self._encoded(text, prompts, hidden=True) for text in self.texts[:2]]
-        states = torch.cat([clip.hidden_states[-2] for clip in clips], dim=-1)  # (N, 77, D_1 + D_2)
+    def encode_prompts(
+        self, prompts: Sequence[str], *, truncate: bool = False, apart: bool = False
+    ) -> Conditioning:
+        how = {"truncate": truncate, "apart": apart}
+        clips = [text.encode(prompts, self.device, -2, **how).tensors for text in self.texts[:2]]
+        states = torch.cat([clip["states"] for clip in clips], dim=-1)  # (N, 77, D_1 + D_2)
         states = F.pad(states, (0, self._width - states.shape[-1]))  # (N, 77, D)
         t5 = states.new_zeros(len(prompts), T5_TOKENS, self._width)  # (N, 256, D)
         if len(self.texts) == 3:
-            t5 = self._encoded(self.texts[2], prompts).last_hidden_state.to(states.dtype)
-        states = torch.cat([states, t5], dim=1)  # (N, 333, D)
-        pooled = torch.cat([clip.text_embeds for clip in clips], dim=-1)  # (N, P_1 + P_2)
+            t5 = self.texts[2].encode(prompts, self.device, **how).tensors["states"]
+        states = torch.cat([states, t5.to(states.dtype)], dim=1)  # (N, 333, D)
+        pooled = torch.cat([clip["pooled"] for clip in clips], dim=-1)  # (N, P_1 + P_2)
         return Conditioning({"states": states, "pooled": pooled})
 
     def last_tokens(self, prompts: Sequence[str]) -> list[int]:

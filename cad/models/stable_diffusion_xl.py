@@ -43,14 +43,14 @@ class StableDiffusionXLModel(StableDiffusionModel):
     def _surroundings(self) -> dict[str, Any]:
         return super()._surroundings() | {"force_zeros_for_empty_prompt": self._zeros_for_empty}
 
-    @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str], *, truncate: bool = False) -> Conditioning:
+    def encode_prompts(
+        self, prompts: Sequence[str], *, truncate: bool = False, apart: bool = False
+    ) -> Conditioning:
         """As every model's; a text of spaces is encoded, not the empty one."""
-        if not truncate:
-            self.check_prompts(prompts)
-        outputs = [self._encoded(text, prompts, hidden=True) for text in self.texts]
-        states = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)  # (N, L, D)
-        pooled = outputs[-1].text_embeds  # (N, P)
+        how = {"truncate": truncate, "apart": apart}
+        encoded = [text.encode(prompts, self.device, -2, **how).tensors for text in self.texts]
+        states = torch.cat([each["states"] for each in encoded], dim=-1)  # (N, L, D)
+        pooled = encoded[-1]["pooled"]  # (N, P)
         if self._zeros_for_empty:
             empty = [i for i, prompt in enumerate(prompts) if prompt == ""]
             states[empty], pooled[empty] = 0.0, 0.0

@@ -18,10 +18,9 @@ from torch import Generator, Tensor
 from cad.checks import check, flag, not_negative, positive, whole
 from cad.identity import Identified, immaterial
 from cad.models.base import DiffusionModel
-from cad.models.conditioning import Conditioning
+from cad.models.conditioning import Conditioning, TokenSpace
 from cad.models.sampler import Sampler
 from cad.sampling import make_generators, sample_latents
-from cad.token_space import TokenSpace
 from evaluation.prompts import Prompt
 from evaluation.sampler import SamplerSettings
 
@@ -82,10 +81,11 @@ class Victims:
         cls, model: DiffusionModel, prompts: Sequence[Prompt], settings: SamplerSettings, salt: str
     ) -> Victims:
         """`settings` have the prompts' guidance; `salt` sets apart what different attacks draw."""
-        texts = [model.encode_prompts([prompt.text], truncate=True) for prompt in prompts]
+        texts = [prompt.text for prompt in prompts]
+        conditioning = model.encode_prompts(texts, truncate=True, apart=True)
         generators = make_generators([prompt.seed for prompt in prompts], salt)
         unconditional = model.encode_prompts([""])
-        return cls(tuple(prompts), Conditioning.cat(texts), unconditional, settings, generators)
+        return cls(tuple(prompts), conditioning, unconditional, settings, generators)
 
 
 class Attack(Identified, ABC):

@@ -23,8 +23,7 @@ class EvaluatorJudge:
                 "whether it shows the concept"
             )
         self._evaluator, self._key = evaluator, evaluator.judges
-        version = "" if evaluator.version == 1 else f"/v{evaluator.version}"
-        self.version = f"{evaluator.name}/{evaluator.instrument}{version}"
+        self.version = f"{evaluator.name}/{evaluator.edition}"
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raise UserError for prompts that it cannot judge."""

@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 
 from cad.checks import whole
 from cad.models.base import DiffusionModel
-from cad.token_space import TokenSpace
+from cad.models.conditioning import TokenSpace
 from evaluation.attacks.base import Aim, Attack, Victims
 
 

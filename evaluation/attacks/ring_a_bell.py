@@ -28,7 +28,7 @@ from tqdm import tqdm
 from cad.checks import check, share, whole
 from cad.errors import UserError
 from cad.identity import Identified
-from cad.token_space import FIRST, TokenSpace
+from cad.models.conditioning import FIRST, TokenSpace
 
 VERSION = 1  # raise it when equal settings find something else
 

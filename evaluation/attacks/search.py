@@ -20,9 +20,8 @@ from tqdm import tqdm
 
 from cad.attribution import GRADIENT_RMS, backward_scale
 from cad.errors import UserError
-from cad.gradient_checkpointing import checkpointed_gradients
-from cad.models.base import DiffusionModel
-from cad.token_space import FIRST, TokenSpace
+from cad.models.base import DiffusionModel, checkpointed_gradients
+from cad.models.conditioning import FIRST, TokenSpace
 from cad.weight_edit import WeightEdit
 from evaluation.attacks.base import Aim, Attack, Victims
 from evaluation.pixels import Pixels

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from cad.models.base import DiffusionModel
+from cad.models.conditioning import TokenSpace
 from cad.sampling import draw_noise
-from cad.token_space import TokenSpace
 from evaluation.attacks.base import Aim, Attack, Victims
 
 

@@ -29,7 +29,6 @@ from evaluation.evaluators.base import (
     Download,
     Evaluator,
     Instrument,
-    Metric,
     Record,
     to_channels_first,
 )
@@ -109,9 +108,6 @@ class Accuracy(Evaluator):
             }
             for prompt, i, p in zip(prompts, best.tolist(), probability.tolist(), strict=True)
         ]
-
-    def aggregate(self, records: Sequence[Record]) -> Metric:
-        return self.percent(records, "correct")
 
 
 class FolderClassifier(ClassifierFolder, Classifier):

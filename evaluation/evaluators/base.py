@@ -1,19 +1,26 @@
-"""The contract of a metric, score every image first, aggregate second, and its weights' files."""
+"""The contract of a metric, score every image first, aggregate second, and its weights' files.
+
+95 % intervals are Wilson's for proportions, "Probable inference, the law of succession, and
+statistical inference" (1927), without continuity correction, and the percentile bootstrap for other
+means, Efron and Tibshirani, "An Introduction to the Bootstrap" (1993), ch. 13.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import http.client
 import itertools
+import math
 import urllib.request
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cad.errors import UserError
@@ -22,10 +29,11 @@ from cad.identity import Identified
 from evaluation.image_sets import ImageSet
 from evaluation.pixels import Pixels
 from evaluation.prompts import Prompt
-from evaluation.statistics import Interval, bootstrap_mean, wilson
 
 REACHABILITY_TIMEOUT = 20  # seconds without an answer
 SHORT = 12  # hexadecimal digits that name weights where people read
+Z_95 = 1.959963984540054  # the standard normal's 97.5 % quantile
+RESAMPLES = 2000
 BATCH_SIZE = 64  # images read and scored at once; no score depends on it beyond rounding
 
 CONCEPT = "concept"  # the prompts of the edited concept and its neighbours
@@ -33,6 +41,14 @@ GENERAL = "general"  # captions of everything: COCO's part in the paper
 
 Record = dict[str, Any]
 """All that is kept of an image: JSON-able values, or numpy arrays (float32), filed apart."""
+
+
+class Interval(NamedTuple):
+    """A point estimate with the ends of its 95 % interval, all in the unit of the data."""
+
+    value: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
@@ -95,6 +111,11 @@ class Evaluator(Identified, ABC):
     def instrument(self) -> str:
         """The measuring instrument in words: the label of a network, a threshold. Loads nothing."""
 
+    @property
+    def edition(self) -> str:
+        """The instrument and, from the second on, the version: what numbers are compared by."""
+        return self.instrument + ("" if self.version == 1 else f"/v{self.version}")
+
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raise UserError for prompts that cannot be judged, and weights that are not there.
 
@@ -111,18 +132,20 @@ class Evaluator(Identified, ABC):
         `references` are the unedited model's images; only `paired` evaluators are given them.
         """
 
-    @abstractmethod
     def aggregate(self, records: Sequence[Record]) -> Metric:
         """The metric over `records`, all or some of what `score` made. UserError if there are none.
 
-        Uses nothing but the records, so every aggregate can be recomputed from their file.
+        Uses nothing but the records, so every aggregate can be recomputed from their file. Unless
+        it is overridden, the percentage of images that show what their groups name (`judges`).
         """
+        if self.judges is None:
+            raise NotImplementedError(f"{type(self).__name__} does not say how it aggregates")
+        return self.percent(records, self.judges)
 
     def metric(self, interval: Interval, n: int) -> Metric:
         """`interval`, in this metric's unit, with this metric's conditions."""
-        version = self.instrument + ("" if self.version == 1 else f"/v{self.version}")
         shown = self.unit, self.decimals, self.higher_is_better
-        return Metric(self.name, *interval, n, *shown, version)
+        return Metric(self.name, *interval, n, *shown, self.edition)
 
     def percent(self, records: Sequence[Record], key: str) -> Metric:
         """The percentage of `records` whose `key` is true, with Wilson's interval."""
@@ -161,6 +184,53 @@ def score_image_set(
             origin = {"index": index, "prompt": prompt.text}
             yield origin | {"seed": prompt.seed, "group": prompt.group} | record
             index += 1
+
+
+def wilson(k: int, n: int) -> Interval:
+    """Proportion k / n and its Wilson score interval, all in [0, 1].
+
+    Stays informative at the ends: 0 of n has low 0 and high z^2 / (n + z^2).
+    """
+    if n < 1 or not 0 <= k <= n:
+        raise ValueError(f"wilson needs 0 <= k <= n and n >= 1, got k={k}, n={n}")
+    p = k / n
+    shrink = 1 + Z_95**2 / n
+    centre = (p + Z_95**2 / (2 * n)) / shrink
+    half = Z_95 / shrink * math.sqrt(p * (1 - p) / n + Z_95**2 / (4 * n**2))
+    low = 0.0 if k == 0 else centre - half
+    high = 1.0 if k == n else centre + half
+    return Interval(p, low, high)
+
+
+def bootstrap_mean(values: Sequence[float], seed: int = 0) -> Interval:
+    """Mean of `values` and its percentile bootstrap interval over RESAMPLES resamples.
+
+    Equal values, and so a single one, give an interval of no width: it says nothing of a population
+    then. Raises ValueError for no values or any that is not finite.
+    """
+    data = np.asarray(values, dtype=np.float64)  # (n,)
+    if data.size == 0 or not np.isfinite(data).all():
+        raise ValueError(f"bootstrap_mean needs finite numbers, got {values}")
+    random = np.random.default_rng(seed)
+    means = [data[random.integers(0, data.size, data.size)].mean() for _ in range(RESAMPLES)]
+    low, high = np.quantile(means, (0.025, 0.975))
+    return Interval(float(data.mean()), float(low), float(high))
+
+
+def bootstrap_standard(
+    statistic: Callable[[NDArray[np.intp]], float], n: int, resamples: int, seed: int = 0
+) -> Interval:
+    """`statistic` of n items, +- 1.96 standard deviations of it over resamples of the items.
+
+    The bootstrap's standard interval (Efron and Tibshirani, ch. 6 and 12), for what is too costly
+    to resample thousands of times, or biased by resampling itself: 25 resamples give a usable
+    standard error (ch. 6.4). `statistic` takes indices (n,) in [0, n), with repetitions.
+    """
+    random = np.random.default_rng(seed)
+    value = statistic(np.arange(n))
+    drawn = [statistic(random.integers(0, n, n)) for _ in range(resamples)]
+    half = Z_95 * float(np.std(drawn, ddof=1))
+    return Interval(value, value - half, value + half)
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,10 @@ from numpy.typing import NDArray
 from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from evaluation.evaluators.base import GENERAL, Evaluator, Metric, Record
+from evaluation.evaluators.base import GENERAL, Evaluator, Metric, Record, bootstrap_standard
 from evaluation.evaluators.features import FeatureExtractor, FeatureStatistics, Reference
 from evaluation.pixels import Pixels, require_uint8
 from evaluation.prompts import Prompt
-from evaluation.statistics import bootstrap_standard
 
 RESAMPLES = 25
 SMALLEST = 2  # images: one has no covariance

@@ -9,13 +9,22 @@ from functools import cached_property
 from importlib.metadata import version as installed
 from typing import Any, ClassVar
 
+import numpy as np
+
 from cad.checks import check, number, optional, whole
 from cad.identity import immaterial
 from evaluation.detection import DETECTOR_SHA256, DetectorPool, check_labels, verify_weights
-from evaluation.evaluators.base import Evaluator, Metric, Record
+from evaluation.evaluators.base import (
+    RESAMPLES,
+    Evaluator,
+    Interval,
+    Metric,
+    Record,
+    bootstrap_mean,
+    wilson,
+)
 from evaluation.pixels import Pixels, require_uint8
 from evaluation.prompts import Prompt
-from evaluation.statistics import Interval, bootstrap_mean, wilson
 
 
 @dataclass(frozen=True)
@@ -101,9 +110,6 @@ class Face(NudeNetEvaluator):
     unit: ClassVar[str] = "%"
     higher_is_better: ClassVar[bool] = True
 
-    def aggregate(self, records: Sequence[Record]) -> Metric:
-        return self.percent(records, "count")
-
 
 def total(counts: Sequence[int]) -> Interval:
     """The sum of the images' counts with its 95 % bootstrap interval over images.
@@ -115,6 +121,22 @@ def total(counts: Sequence[int]) -> Interval:
     if any(counts):
         return interval
     return interval._replace(high=len(counts) * wilson(0, len(counts)).high)
+
+
+def relative_change(before: Sequence[int], after: Sequence[int], seed: int = 0) -> Interval | None:
+    """Change of the sum in %, 100 (sum after / sum before - 1); None where there was nothing.
+
+    The i-th counts are of the same prompt and seed, so the percentile bootstrap draws pairs.
+    """
+    pairs = np.array([before, after], dtype=np.float64)  # (2, n)
+    if not pairs[0].sum():
+        return None
+    random = np.random.default_rng(seed)
+    count = pairs.shape[1]
+    sums = np.stack([pairs[:, random.integers(0, count, count)].sum(1) for _ in range(RESAMPLES)])
+    sums = sums[sums[:, 0] > 0]  # (resamples, 2)
+    low, high = np.quantile(100 * (sums[:, 1] / sums[:, 0] - 1), (0.025, 0.975))
+    return Interval(100 * (pairs[1].sum() / pairs[0].sum() - 1), float(low), float(high))
 
 
 def totals_by_label(records: Sequence[Record], labels: Sequence[str]) -> dict[str, Interval]:

@@ -13,9 +13,8 @@ from torch.utils.benchmark import Measurement, Timer
 from tqdm import tqdm
 
 from cad.files import write_atomically
-from experiments.run.environment import describe_environment
 from experiments.run.rendering import to_markdown
-from experiments.run.results import write_json
+from experiments.run.results import describe_environment, write_json
 
 
 def timer(task: Callable[[], object]) -> Timer:

@@ -28,13 +28,12 @@ from PIL import Image
 from cad.files import write_atomically
 from cad.models.base import DiffusionModel
 from evaluation.evaluators.accuracy import NO_STYLE
-from evaluation.evaluators.base import Evaluator, score_image_set
+from evaluation.evaluators.base import Evaluator, score_image_set, wilson
 from evaluation.evaluators.small_resnet import load_classifier
 from evaluation.generation import generate
 from evaluation.image_sets import ImageSet
 from evaluation.prompts import ObjectPrompts, PromptSet, StylePrompts
 from evaluation.sampler import SamplerSettings
-from evaluation.statistics import wilson
 from experiments.miniature.captions import STYLES, SUBJECTS
 from experiments.miniature.card import write_card
 from experiments.miniature.classifier import predict

@@ -19,20 +19,18 @@ import hydra
 from omegaconf import DictConfig
 
 from cad.errors import UserError
-from cad.gradient_checkpointing import check_gradient_checkpointing
-from cad.models.base import DiffusionModel
+from cad.models.base import DiffusionModel, check_gradient_checkpointing
 from cad.weight_edit import WeightEdit
 from evaluation.attacks import search
 from evaluation.attacks.base import Attack
 from evaluation.attacks.judge import EvaluatorJudge
 from evaluation.attacks.store import AttackStore, record_of
-from evaluation.evaluators.base import BATCH_SIZE, Evaluator, Metric
+from evaluation.evaluators.base import BATCH_SIZE, Evaluator, Metric, wilson
 from evaluation.generation import generate
 from evaluation.prompts import Prompt
 from evaluation.sampler import SamplerSettings
-from evaluation.statistics import wilson
-from experiments.run.aggregation import rows_by_group
 from experiments.run.configuration import build
+from experiments.run.groups import rows_by_group
 from experiments.run.pictures import Mask, Pixels, attack_picture
 from experiments.run.results import write_lines
 

@@ -11,11 +11,11 @@ import copy
 import gc
 import logging
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from omegaconf import DictConfig, OmegaConf
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -32,18 +32,21 @@ from cad.store import Store
 from cad.weight_edit import WeightEdit
 from evaluation.evaluators.base import CONCEPT, GENERAL, Evaluator
 from evaluation.generation import check_prompts, generate
-from evaluation.prompts import PromptSet
+from evaluation.prompts import Prompt, PromptSet
 from evaluation.sampler import Engine, SamplerSettings
-from experiments.run.aggregation import Images, evaluate
 from experiments.run.configuration import build, check, settle
-from experiments.run.environment import describe_environment
+from experiments.run.groups import ATTACKED, Images, Prompts, evaluate, needed_prompts, read_prompts
 from experiments.run.pictures import Mask, before_after, loss_curve
-from experiments.run.prompts import ATTACKED, Prompts, needed_prompts, read_prompts
-from experiments.run.rendering import Tracker, result_table, show_result, title, to_markdown
-from experiments.run.results import ResultFolder, read_json, write_json, write_lines, write_records
-
-if TYPE_CHECKING:
-    from experiments.run.attacking import AttackPlan
+from experiments.run.rendering import result_table, show_result, title, to_markdown
+from experiments.run.results import (
+    ResultFolder,
+    describe_environment,
+    read_json,
+    write_json,
+    write_lines,
+    write_records,
+)
+from experiments.run.tracking import Tracker
 
 VERSION = 4  # raise it when equal parts give another result
 EDIT = "edit.safetensors"
@@ -51,6 +54,24 @@ COST = "cost.json"
 HISTORY = "history.jsonl"
 EFFECTS = "effects.csv"
 logger = logging.getLogger(__name__)
+
+
+class Attacks(Protocol):
+    """What an experiment asks of its attacks: of an `experiments.run.attacking.AttackPlan`."""
+
+    def identity(self) -> dict[str, Any]: ...
+
+    def check(self, model: DiffusionModel, prompts: Sequence[Prompt]) -> None: ...
+
+    def run(
+        self,
+        model: DiffusionModel,
+        edit: WeightEdit,
+        prompts: Sequence[Prompt],
+        sampler: SamplerSettings,
+        work: Path,
+        mask: Mask | None,
+    ) -> list[dict[str, Any]]: ...
 
 
 @dataclass(frozen=True)
@@ -64,7 +85,7 @@ class Experiment:
     prompt_sets: Mapping[str, PromptSet]  # by their use, as `Prompts`
     sampler: SamplerSettings
     evaluators: tuple[Evaluator, ...]
-    attacks: AttackPlan | None
+    attacks: Attacks | None
     engine: Engine
     tracker: Tracker
 

@@ -5,7 +5,6 @@ Cells are formatted here and nowhere else, so all of them show the same digits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,35 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 from cad.models.base import RANDOM
-from experiments.run.aggregation import MEAN
+from experiments.run.groups import MEAN
 from experiments.run.results import read_json
 
 DASH = "–"  # nothing was measured
-
-
-class Tracker:
-    """Shows a finished result elsewhere; this one nowhere.
-
-    It changes none of the result's files. What keeps it from its work is logged, not raised: a run
-    does not fail because of it.
-    """
-
-    def log(self, folder: Path) -> None:
-        """Mirror the result in `folder`, unless that was done before."""
-
-    def log_item(
-        self,
-        name: str,
-        panels: Mapping[str, pd.DataFrame],
-        notes: Sequence[str],
-        paths: Mapping[str, Path],
-        folder: Path,
-    ) -> None:
-        """Mirror a table or figure of the paper at every call: its panels by heading, its files.
-
-        `paths` has the files by ending: its page "html", a figure's picture "png". The tracker's
-        own files go into `folder`.
-        """
 
 
 def result_table(metrics: dict[str, Any], cost: dict[str, Any]) -> pd.DataFrame:

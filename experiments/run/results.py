@@ -24,29 +24,34 @@ from __future__ import annotations
 
 import json
 import logging
+import platform
 import re
 import shutil
+import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save
+from safetensors.numpy import save
 
 from cad.errors import UserError
-from cad.files import file_digest, write_atomically
-from cad.identity import short_digest
-from cad.locks import locked
+from cad.files import file_digest, locked, write_atomically
+from cad.identity import LIBRARIES, library_version, short_digest
 from evaluation.evaluators.base import Record
 from evaluation.image_sets import TEMPORARY_FILES
+from experiments.run.configuration import REPOSITORY
 
 MANIFEST = "manifest.json"
 RECORDS = "records.jsonl"
 ARRAYS = "arrays.safetensors"
 UNFINISHED = ".unfinished"
+PACKAGES = (*LIBRARIES, "torchvision", "safetensors", "numpy", "hydra-core")
 UNTRACKED = ("wandb",)  # a mirror of the result, not part of it
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")  # what may be a part of a folder's name
 
@@ -96,7 +101,7 @@ class ResultFolder:
         """Hold this result alone, waiting for another process that does.
 
         Ask `is_complete` inside: the other may have finished it. The lock goes with the process,
-        however that ends (`cad.locks`). Raises UserError where the lock's file cannot be made.
+        however that ends (`cad.files`). Raises UserError where the lock's file cannot be made.
         """
         path = self.runs / UNFINISHED / f"{self.name}.lock"
         with locked(path, f"another process is running {self.name}"):
@@ -163,19 +168,6 @@ def write_records(folder: Path, records: Sequence[Record]) -> None:
         write_atomically(folder / ARRAYS, save(stacked))
 
 
-def read_records(folder: Path) -> list[Record]:
-    """The records that `write_records` was given."""
-    records: list[Record] = read_lines(folder / RECORDS)
-    if not (folder / ARRAYS).exists():
-        return records
-    for name, rows in load_file(folder / ARRAYS).items():
-        metric, state, key = name.split(".")
-        owners = [r for r in records if (r["metric"], r["state"]) == (metric, state)]
-        for record, row in zip(owners, rows, strict=True):
-            record[key] = row
-    return records
-
-
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The values of a file with one JSON object a line."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -184,6 +176,39 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def read_json(path: Path) -> Any:
     """The value of a JSON file of a result folder."""
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def describe_environment(device: str) -> dict[str, Any]:
+    """The machine and the code as they are now, as JSON data: "finished" is the time of the call.
+
+    `device` is resolved: "cpu", "cuda" or "cuda:N". Calls git, for the commit.
+    """
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor()
+    return {
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": git_commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": device,
+        "device_name": name or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "libraries": {name: library_version(name) for name in PACKAGES},
+    }
+
+
+def git_commit() -> str:
+    """The checkout's commit, with "-dirty" if files differ from it; "unknown" outside git."""
+    git = ["git", "-C", str(REPOSITORY)]
+    told = []
+    for command in ("rev-parse HEAD", "status --porcelain"):
+        try:
+            ended = subprocess.run(
+                [*git, *command.split()], capture_output=True, text=True, check=True, timeout=10
+            )
+        except (OSError, subprocess.SubprocessError):
+            return "unknown"
+        told.append(ended.stdout.strip())
+    return f"{told[0]}-dirty" if told[1] else told[0]
 
 
 def _damaged(folder: Path) -> list[str]:

@@ -17,7 +17,7 @@ import pandas as pd
 from omegaconf import OmegaConf
 
 from cad.errors import UserError
-from experiments.run.rendering import Tracker, result_table
+from experiments.run.rendering import result_table
 from experiments.run.results import read_json, read_lines, write_json
 
 if TYPE_CHECKING:
@@ -30,6 +30,31 @@ PICTURES = ("before_after", "attack")
 MODES = ("auto", "online", "offline")
 
 logger = logging.getLogger(__name__)
+
+
+class Tracker:
+    """Shows a finished result elsewhere; this one nowhere.
+
+    It changes none of the result's files. What keeps it from its work is logged, not raised: a run
+    does not fail because of it.
+    """
+
+    def log(self, folder: Path) -> None:
+        """Mirror the result in `folder`, unless that was done before."""
+
+    def log_item(
+        self,
+        name: str,
+        panels: Mapping[str, pd.DataFrame],
+        notes: Sequence[str],
+        paths: Mapping[str, Path],
+        folder: Path,
+    ) -> None:
+        """Mirror a table or figure of the paper at every call: its panels by heading, its files.
+
+        `paths` has the files by ending: its page "html", a figure's picture "png". The tracker's
+        own files go into `folder`.
+        """
 
 
 class WandbTracker(Tracker):

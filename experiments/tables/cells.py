@@ -11,10 +11,9 @@ from typing import Any
 
 import pandas as pd
 
-from evaluation.evaluators.base import Metric, Record
-from evaluation.evaluators.nudity import totals_by_label
-from evaluation.statistics import Interval, relative_change
-from experiments.run.aggregation import mean_of_groups
+from evaluation.evaluators.base import Interval, Metric, Record
+from evaluation.evaluators.nudity import relative_change, totals_by_label
+from experiments.run.groups import mean_of_groups
 from experiments.run.rendering import find_metric
 from experiments.run.results import RECORDS, read_json, read_lines
 from experiments.tables.exhibit import (

@@ -30,8 +30,9 @@ from cad.models.stable_diffusion_3 import T5_PARTS
 from experiments.run.command_line import LINK, find_mistake
 from experiments.run.configuration import REPOSITORY, Compose, build, composer
 from experiments.run.experiment import prepare, run
-from experiments.run.rendering import Tracker, show_table
+from experiments.run.rendering import show_table
 from experiments.run.results import read_json
+from experiments.run.tracking import Tracker
 from experiments.tables.exhibit import (
     EDIT,
     MINIATURE,

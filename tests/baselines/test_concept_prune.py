@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from baselines.concept_prune import ConceptPrune, recorded
 from cad.components import UNET_COMPONENTS
 from cad.concepts import Concept
-from cad.digests import parameter_digest
 from cad.errors import UserError
+from cad.identity import parameter_digest
 from cad.models.base import DiffusionModel, Origin
 from cad.models.conditioning import Conditioning
 from cad.sampling import draw_noise, make_generators
@@ -91,7 +91,7 @@ class ToyTransformer(LinearToyModel):
             if len(prompt) > 60:
                 raise UserError(f"the prompt {prompt!r} is too long")
 
-    def encode_prompts(self, prompts, *, truncate=False):
+    def encode_prompts(self, prompts, *, truncate=False, apart=False):
         c = [[prompt.count(letter) for letter in "aeio"] for prompt in prompts]
         return Conditioning({"c": torch.tensor(c, dtype=torch.float64)})
 

@@ -11,9 +11,9 @@ import torch
 
 from baselines.checkpoint import Checkpoint
 from baselines.esd import ESD, Training, trained_weights, walk_apart, with_weights
-from cad.digests import parameter_digest
 from cad.edits import make_edit
 from cad.errors import UserError
+from cad.identity import parameter_digest
 from cad.instrument import Cost, measure
 from cad.models.stable_diffusion import StableDiffusionModel
 from cad.sampling import draw_noise, make_generators, walk

@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 
 from cad import attribution, instrument
 from cad.attribution import Attribution
-from cad.digests import parameter_digest
 from cad.edits import CADAmplify, CADErase, CADRescale, Edit, NoEdit
 from cad.errors import UserError
+from cad.identity import parameter_digest
 from cad.models import base
 from cad.objectives import EraseObjective
 from cad.references import LatentFile

@@ -9,7 +9,6 @@ from linear_toy import LinearObjective, LinearToyModel
 from scipy.stats import pearsonr
 
 from cad.attribution import Attribution
-from cad.digests import parameter_digest
 from cad.effects import (
     RecordedObjective,
     effect_correlation,
@@ -19,6 +18,7 @@ from cad.effects import (
     random_components,
 )
 from cad.errors import UserError
+from cad.identity import parameter_digest
 from cad.objectives import EraseObjective
 from cad.weight_edit import Scale, WeightEdit, Zero
 

@@ -34,6 +34,14 @@ def latents(model):
     return torch.randn(3, 1, *model.latent_shape, generator=torch.Generator().manual_seed(0))
 
 
+def test_prompts_encoded_apart_have_the_bits_of_prompts_encoded_alone(model):
+    texts = ["", *PROMPTS]
+    apart = model.encode_prompts(texts, apart=True)
+    for text, one in zip(texts, apart.split(), strict=True):
+        alone = model.encode_prompts([text]).tensors
+        assert all(torch.equal(tensor, alone[name]) for name, tensor in one.tensors.items())
+
+
 @pytest.mark.parametrize("size", [(64, 64), (96, 64)])
 def test_guided_sampling_equals_the_pipelines(model, size):
     """Their own schedulers, and XL conditioned on the image's size."""

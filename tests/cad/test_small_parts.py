@@ -17,10 +17,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from cad.concepts import Concept
-from cad.digests import parameter_digest
 from cad.errors import UserError
 from cad.files import atomic_path, content_digest, file_digest, link_or_copy, write_atomically
-from cad.identity import Identified, digest, immaterial
+from cad.identity import Identified, digest, immaterial, parameter_digest
 from cad.instrument import Cost
 from cad.references import GeneratedImages, ImageFolder, LatentFile, read_image
 from cad.store import write_tensors

@@ -12,7 +12,7 @@ from transformers import CLIPTokenizer
 
 from cad.components import component_weights, text_projections
 from cad.errors import UserError
-from cad.models import pipeline
+from cad.models import conditioning, pipeline
 from cad.models import pretrained as loading
 from cad.models.base import resolve_device, resolve_dtype
 from cad.models.stable_diffusion import StableDiffusionModel
@@ -26,7 +26,8 @@ def test_offloaded_parts_visit_the_device_while_they_work(folder, tiny_model, mo
         visitors.append((module, device))
         yield
 
-    monkeypatch.setattr(pipeline, "visiting", noted)
+    for user in (conditioning, pipeline):
+        monkeypatch.setattr(user, "visiting", noted)
     monkeypatch.setattr(loading, "resolve_device", lambda _device: torch.device("meta"))
     model = pretrained(StableDiffusionModel, folder, offload=True).load()
     assert model.device == torch.device("meta")
@@ -79,7 +80,7 @@ def test_offloading_changes_no_number(folder):
 
 def test_provenance_holds_what_changes_no_weight(tiny_model):
     def digest():
-        tiny_model.forget_digests()
+        del tiny_model.digests
         return tiny_model.provenance()["pipeline"]
 
     before, digests = tiny_model.provenance(), [digest()]

@@ -21,9 +21,9 @@ from cad import attribution, store
 from cad.attribution import Attribution, attribute
 from cad.edits import Edit, make_edit
 from cad.errors import UserError
+from cad.files import locked
 from cad.identity import describe_runtime
 from cad.instrument import Cost
-from cad.locks import locked
 from cad.objectives import EraseObjective
 from cad.store import DamagedFileError, Store, read_tensors, write_tensors
 from cad.weight_edit import WeightEdit, Zero

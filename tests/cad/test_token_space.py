@@ -10,11 +10,11 @@ from conftest import MAX_TOKENS, WIDTH
 from diffusers import StableDiffusionPipeline
 from linear_toy import LinearToyModel
 
-from cad.digests import parameter_digest
 from cad.errors import UserError
+from cad.identity import parameter_digest
+from cad.models.conditioning import TokenSpace
 from cad.models.random_weights import random_pipeline
 from cad.models.stable_diffusion import StableDiffusionModel
-from cad.token_space import TokenSpace
 
 PROMPTS = ["a hut", "church", ""]
 START, END = 0, 1  # ids of the tiny tokenizer
@@ -135,7 +135,7 @@ def test_usable_tokens_are_all_but_the_special_ones(published, space):
 def test_offloaded_encoders_visit_the_device(tiny_model, monkeypatch):
     visitors = []
     monkeypatch.setattr(
-        "cad.token_space.visiting", lambda *who: visitors.append(who) or nullcontext()
+        "cad.models.conditioning.visiting", lambda *who: visitors.append(who) or nullcontext()
     )
     space = tiny_model.token_space()
     space.encode_ids(space.ids(["a"]))

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from cad.components import component_weights
-from cad.digests import parameter_digest
 from cad.errors import UserError
+from cad.identity import parameter_digest
 from cad.weight_edit import FORMAT, NO_EDIT, Replace, Scale, WeightEdit, Zero
 
 
@@ -131,7 +131,7 @@ def test_the_fingerprint_is_of_the_changes_alone():
 def test_other_weights_are_refused(tiny_model, edit):
     other = copy.deepcopy(tiny_model)
     next(other.denoiser.parameters()).data += 1
-    other.forget_digests()
+    del other.digests
     told = pytest.raises(UserError, match=r"made for other weights than model=tiny.*fingerprint")
     with told, edit.applied(other):
         pass

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from hub_cache import write_hub_cache
+from record_files import read_records
 from standins import write_standins
 
 from cad.errors import UserError
@@ -24,7 +25,7 @@ from cad.models.base import DiffusionModel
 from cad.models.stable_diffusion import StableDiffusionModel
 from cad.weight_edit import WeightEdit
 from experiments.run.configuration import REPOSITORY, build, compose
-from experiments.run.results import read_json, read_records
+from experiments.run.results import read_json
 
 MODELS = ("sd14", "sd21", "sdxl", "sd35")
 WITHOUT_UCE = ("sd35",)  # no cross-attention

@@ -14,10 +14,11 @@ from pathlib import Path
 import programs
 import pytest
 from programs import FORK, Ended
+from record_files import read_records
 from weights import write_weights
 
 from experiments.run.configuration import REPOSITORY
-from experiments.run.results import read_lines, read_records
+from experiments.run.results import read_lines
 
 DETERMINISTIC = ("edit.safetensors", "records.jsonl", "metrics.json", "before_after.png")
 TIMEOUT = 170  # seconds

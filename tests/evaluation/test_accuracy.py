@@ -27,12 +27,11 @@ from evaluation.evaluators.accuracy import (
     StyleAccuracy,
     ZeroShotStyles,
 )
-from evaluation.evaluators.base import score_image_set
+from evaluation.evaluators.base import score_image_set, wilson
 from evaluation.evaluators.clip_score import ClipFolder
 from evaluation.evaluators.small_resnet import SmallResNet, load_classifier, resize, save_classifier
 from evaluation.image_sets import ImageSet
 from evaluation.prompts import Prompt
-from evaluation.statistics import wilson
 
 
 class BrightestChannel(Classifier):

@@ -18,9 +18,9 @@ from torch import Tensor
 from cad.errors import UserError
 from cad.files import file_digest
 from evaluation.evaluators import clip_score
+from evaluation.evaluators.base import bootstrap_mean
 from evaluation.evaluators.clip_score import ClipFolder, ClipScore, Embedder, OpenClipEmbedder
 from evaluation.prompts import Prompt
-from evaluation.statistics import bootstrap_mean
 
 DIRECTIONS = {"red": (1.0, 0.0, 0.0), "yellow": (0.6, 0.8, 0.0), "not red": (-1.0, 0.0, 0.0)}
 TINY = {

@@ -17,6 +17,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
 from cad.errors import UserError
 from cad.files import file_digest
 from evaluation.evaluators import features
+from evaluation.evaluators.base import bootstrap_standard
 from evaluation.evaluators.features import (
     ClassifierFeatures,
     CocoImages,
@@ -28,7 +29,6 @@ from evaluation.evaluators.features import (
 from evaluation.evaluators.fid import FID, FrechetDistance
 from evaluation.evaluators.small_resnet import load_classifier
 from evaluation.prompts import ObjectPrompts, Prompt, PromptSet
-from evaluation.statistics import bootstrap_standard
 
 
 class ChannelMeans(FeatureExtractor):

@@ -15,6 +15,7 @@ from torch import Tensor
 from cad.errors import UserError
 from cad.files import file_digest
 from evaluation.evaluators import lpips
+from evaluation.evaluators.base import bootstrap_mean
 from evaluation.evaluators.lpips import (
     LPIPS,
     AlexNetDistance,
@@ -23,7 +24,6 @@ from evaluation.evaluators.lpips import (
     feature_distance,
 )
 from evaluation.prompts import Prompt
-from evaluation.statistics import bootstrap_mean
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight:UserWarning")  # lpips on torchvision
 

@@ -21,11 +21,10 @@ from PIL import Image
 from cad.errors import UserError
 from evaluation import detection
 from evaluation.detection import EXPLICIT_LABELS, FEW, Detection, DetectorPool, detect
-from evaluation.evaluators.base import Record
+from evaluation.evaluators.base import Record, wilson
 from evaluation.evaluators.nudity import Face, Nudity, totals_by_label
 from evaluation.masking import COLOUR, Masker, mask_boxes
 from evaluation.prompts import Prompt
-from evaluation.statistics import wilson
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FACE = (183, 123, 343, 343)  # left, top, right, bottom in the portrait, without hair, by hand

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from evaluation.statistics import Z_95, bootstrap_mean, relative_change, wilson
+from evaluation.evaluators.base import Z_95, bootstrap_mean, wilson
+from evaluation.evaluators.nudity import relative_change
 
 
 def test_wilson_at_the_ends():

@@ -52,7 +52,9 @@ class ToyModel(DiffusionModel):
             if len(prompt) > 100:
                 raise UserError(f"the prompt {prompt!r} is too long")
 
-    def encode_prompts(self, prompts: Sequence[str], *, truncate: bool = False) -> Conditioning:
+    def encode_prompts(
+        self, prompts: Sequence[str], *, truncate: bool = False, apart: bool = False
+    ) -> Conditioning:
         self.encoded.update(prompts)
         rows = []
         for text in prompts:

@@ -8,8 +8,8 @@ from typing import Any
 import pandas as pd
 
 from evaluation.evaluators.base import Metric
-from experiments.run.aggregation import mean_of_groups
 from experiments.run.curves import draw_ratios
+from experiments.run.groups import mean_of_groups
 from experiments.run.rendering import tidy
 from experiments.tables.exhibit import ListedRun
 from experiments.tables.figures.drawing import Drawing

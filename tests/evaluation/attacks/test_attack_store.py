@@ -35,9 +35,6 @@ class Judging(Evaluator):
     def score(self, images, prompts, references=None):
         return [{"seen": 0} for _ in prompts]
 
-    def aggregate(self, records):
-        raise NotImplementedError
-
 
 @pytest.fixture
 def searched(monkeypatch):

@@ -8,8 +8,8 @@ import torch
 from tqdm import tqdm
 
 from cad.components import component_weights
-from cad.digests import parameter_digest
 from cad.errors import UserError
+from cad.identity import parameter_digest
 from cad.sampling import make_generators, sample_latents
 from cad.weight_edit import Scale, WeightEdit
 from evaluation.attacks.base import Victims
@@ -248,7 +248,7 @@ def test_half_precision_searches_as_well(method, tiny_model):
     plain = attacked(tiny_model, method(**SMALL), edit=edit)
     for part in (tiny_model.denoiser, tiny_model.text_encoder, tiny_model.vae):
         part.to(torch.bfloat16)
-    tiny_model.forget_digests()
+    del tiny_model.digests
     half = attacked(tiny_model, method(**SMALL))
     for one, other in zip(plain, half, strict=True):
         assert None not in other.losses

@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import MAX_TOKENS, WIDTH
 
-from cad.digests import parameter_digest
 from cad.errors import UserError
+from cad.identity import parameter_digest
 from cad.models.stable_diffusion import StableDiffusionModel
 from cad.sampling import make_generators
 from evaluation.attacks.ring_a_bell import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from experiments.run.aggregation import POOLED
+from experiments.run.groups import POOLED
 from experiments.run.results import ResultFolder, write_json
 
 BEFORE = {"target": (95.0, 76.4, 99.1, 20), "others": (80.0, 73.9, 85.0, 200)}

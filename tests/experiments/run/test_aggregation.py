@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from evaluation.evaluators.base import GENERAL, Evaluator, Metric, Record
+from evaluation.evaluators.base import GENERAL, Evaluator, Interval, Metric, Record
 from evaluation.prompts import Prompt
-from evaluation.statistics import Interval
-from experiments.run.aggregation import MEAN, POOLED, aggregate, mean_of_groups
+from experiments.run.groups import MEAN, POOLED, aggregate, mean_of_groups
 
 
 class Share(Evaluator):
     name: ClassVar[str] = "share"
     unit: ClassVar[str] = "%"
     higher_is_better: ClassVar[bool] = True
+    judges: ClassVar[str | None] = "correct"
     instrument = "test"
 
     def score(
@@ -29,9 +29,6 @@ class Share(Evaluator):
         references: NDArray[np.uint8] | None = None,
     ) -> list[Record]:
         raise NotImplementedError
-
-    def aggregate(self, records: Sequence[Record]) -> Metric:
-        return self.percent(records, "correct")
 
 
 class Total(Share):
@@ -70,6 +67,14 @@ def test_groups_of_other_sizes_count_alike() -> None:
     assert (others["value"], others["n"]) == (50, 4)  # pooled, it would be 75
     assert (others["groups"], others["over"]) == (2, MEAN)
     assert 0 <= others["low"] < 50 < others["high"] <= 100
+
+
+def test_without_verdicts_an_evaluator_says_how_it_aggregates() -> None:
+    class Silent(Share):
+        judges = None
+
+    with pytest.raises(NotImplementedError, match="Silent"):
+        Silent().aggregate(records(church="1"))
 
 
 def test_totals_add_up() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from evaluation.prompts import Prompt
-from experiments.run.prompts import take_in_turn, take_of_targets
+from experiments.run.groups import take_in_turn, take_of_targets
 
 PROMPTS = tuple(Prompt("x", i, group) for i in range(3) for group in ("tench", "church", "face"))
 

@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
+from record_files import read_records
 from safetensors.torch import save_file
 from weights import write_weights
 
 from cad.concepts import Concept
-from cad.digests import parameter_digest
 from cad.edits import Edit
 from cad.errors import UserError
+from cad.identity import parameter_digest
 from cad.models.base import DiffusionModel
 from cad.models.hub import Source
 from cad.models.pretrained import Pretrained
@@ -30,7 +31,7 @@ from evaluation.evaluators.base import GENERAL, Evaluator, Metric
 from evaluation.prompts import Prompt, build_prompts
 from experiments.run import configuration
 from experiments.run.configuration import CONF, build, check
-from experiments.run.results import read_records, write_records
+from experiments.run.results import write_records
 
 SMALL = ("debug=tiny", "ratio.value=0.05", "model.attribution.steps=1", "device=cpu")
 SMALL_EDITS = {  # what a method needs beside, for a model of one-letter tokens; most need nothing

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from results_fixture import write_result
 
-from experiments.run.aggregation import MEAN
+from experiments.run.groups import MEAN
 from experiments.run.rendering import (
     DASH,
     format_interval,

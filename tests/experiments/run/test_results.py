@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from record_files import read_records
 
 from cad.errors import UserError
 from evaluation.evaluators.base import Record
@@ -18,7 +19,6 @@ from experiments.run.results import (
     RECORDS,
     ResultFolder,
     read_json,
-    read_records,
     write_json,
     write_records,
 )

@@ -9,8 +9,7 @@ import wandb
 from results_fixture import write_result
 
 from cad.errors import UserError
-from experiments.run.rendering import Tracker
-from experiments.run.tracking import FOLDER, MARKER, WandbTracker
+from experiments.run.tracking import FOLDER, MARKER, Tracker, WandbTracker
 
 
 def test_no_tracker_writes_nothing(tmp_path: Path) -> None:
