@@ -67,10 +67,10 @@ class AttackPlan:
     def check(self, model: DiffusionModel, prompts: Sequence[Prompt]) -> None:
         """Raise UserError for a model, prompts or a judge that the attacks cannot work with."""
         for attack in self.attacks:
-            search.places(model.token_space(), prompts, attack.schedule.tokens)
-            attack.sampler(model)
+            search.places(model.token_space(), prompts, attack.tokens)
+            attack.visited(model)
             key = f"attacks.{attack.name}.gradient_checkpointing"
-            check_gradient_checkpointing(model, attack.schedule.gradient_checkpointing, key)
+            check_gradient_checkpointing(model, attack.gradient_checkpointing, key)
         EvaluatorJudge(copy.deepcopy(self.judge)).check(prompts)
 
     def run(
@@ -96,11 +96,15 @@ class AttackPlan:
         rows = _rows(WITHOUT_ATTACK, judge.version, prompts, shown)
         left = [index for index, visible in enumerate(shown) if not visible]
         attacked = [prompts[index] for index in left]
+        looking = left and any(attack.uses_images for attack in self.attacks)
+        unedited = generate(model, prompts, sampler, self.images) if looking else None
+        aims = [] if unedited is None else [unedited.read(index) for index in left]
         store = AttackStore(self.store)
         records: list[dict[str, Any]] = []
         pictures: dict[str, dict[int, Pixels]] = {}
         for attack in self.attacks:
-            made = store.attack(model, edit, attack, attacked, sampler, judge)
+            images = aims if attack.uses_images else ()
+            made = store.attack(model, edit, attack, attacked, sampler, judge, images)
             found = dict(zip(left, made, strict=True))
             version = f"{attack.name}-{attack.version}/{judge.version}"
             success = [visible or found[index].success for index, visible in enumerate(shown)]
@@ -156,7 +160,7 @@ def _record(
     origin |= {"group": prompt.group, **prompt.own_settings()}
     if outcome is None:
         return origin | {"without_attack": True, "success": True, "iterations": 0} | NOT_NEEDED
-    iterations = outcome.timesteps * attack.schedule.iterations
+    iterations = outcome.timesteps * attack.iterations
     return origin | {"without_attack": False, "iterations": iterations} | record_of(outcome)
 
 
