@@ -61,11 +61,11 @@ class AttackStore(Store):
             **describe_runtime(model.device),
         }
         outcomes: dict[int, Outcome] = {}
-        steps = attack.timesteps
+        steps, looks = attack.timesteps, attack.uses_images
         with tqdm(desc=attack.name, total=len(prompts) * steps, unit="step", disable=None) as bar:
             for batch in plan_batches(model, prompts, batched):
                 own = replace(batched, guidance=batch.guidance)
-                seen = np.stack([images[i] for i in batch.indices]) if images else None
+                seen = np.stack([images[i] for i in batch.indices]) if looks else None
                 make = partial(search, model, edit, attack, batch.prompts, own, judge, bar, seen)
                 what, key = f"the {attack.name} attack", shared | _own(batch, own, seen)
                 found, _ = self.get_or_make(key, what, _read, make, _write)

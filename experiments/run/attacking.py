@@ -96,15 +96,12 @@ class AttackPlan:
         rows = _rows(WITHOUT_ATTACK, judge.version, prompts, shown)
         left = [index for index, visible in enumerate(shown) if not visible]
         attacked = [prompts[index] for index in left]
-        looking = left and any(attack.uses_images for attack in self.attacks)
-        unedited = generate(model, prompts, sampler, self.images) if looking else None
-        aims = [] if unedited is None else [unedited.read(index) for index in left]
+        unedited = self._unedited(model, prompts, sampler, left)
         store = AttackStore(self.store)
         records: list[dict[str, Any]] = []
         pictures: dict[str, dict[int, Pixels]] = {}
         for attack in self.attacks:
-            images = aims if attack.uses_images else ()
-            made = store.attack(model, edit, attack, attacked, sampler, judge, images)
+            made = store.attack(model, edit, attack, attacked, sampler, judge, unedited)
             found = dict(zip(left, made, strict=True))
             version = f"{attack.name}-{attack.version}/{judge.version}"
             success = [visible or found[index].success for index, visible in enumerate(shown)]
@@ -114,6 +111,19 @@ class AttackPlan:
         write_lines(work / RECORDS, records)
         attack_picture(originals, pictures, work / PICTURE, mask)
         return rows
+
+    def _unedited(
+        self,
+        model: DiffusionModel,
+        prompts: Sequence[Prompt],
+        sampler: SamplerSettings,
+        left: Sequence[int],
+    ) -> list[Pixels]:
+        """The unedited model's images of the prompts `left`, where an attack looks at them."""
+        if not left or not any(attack.uses_images for attack in self.attacks):
+            return []
+        images = generate(model, prompts, sampler, self.images)  # all: one set for every edit
+        return [images.read(index) for index in left]
 
 
 def plan_attacks(cfg: DictConfig) -> AttackPlan:
