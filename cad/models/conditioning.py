@@ -206,6 +206,13 @@ class TokenSpace:
         rows = [row[: [*row, end].index(end)] for row in ids.tolist()]
         return [str(tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
 
+    def reread(self, ids: Tensor) -> Tensor:
+        """The (N, L) ids that the tokenizer reads from the texts of (N, any length) ids.
+
+        They may be others: tokens "chu" and "rch" have the text of the token "church".
+        """
+        return self.ids(self.decode(ids))
+
     @property
     def _table(self) -> Any:
         return self._text.network.get_input_embeddings()

@@ -32,6 +32,7 @@ class Sampler:
             raise UserError(f"eta={eta} is not allowed: {name} {has}.")
         if not 1 <= steps <= most:
             raise UserError(f"steps={steps} is not allowed; the model takes 1 to {most}.")
+        self.training_timesteps = int(most)  # the network knows 0 to one less
         scheduler.set_timesteps(steps, device=device)
         first = scheduler.timesteps.max().item()
         # Leading spacing with an offset runs past the table's end; flows have no table, so no end.

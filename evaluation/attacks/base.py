@@ -15,34 +15,25 @@ from typing import Any, ClassVar
 import torch
 from torch import Generator, Tensor
 
-from cad.checks import check, flag, not_negative, positive, whole
-from cad.identity import Identified, immaterial
+from cad.checks import check, flag, not_negative, one_of, positive, whole
+from cad.errors import UserError
+from cad.identity import Identified, immaterial, material
 from cad.models.base import DiffusionModel
 from cad.models.conditioning import Conditioning, TokenSpace
-from cad.models.sampler import Sampler
-from cad.sampling import make_generators, sample_latents
+from cad.sampling import draw_noise, make_generators, sample_latents
+from evaluation.pixels import Pixels
 from evaluation.prompts import Prompt
 from evaluation.sampler import SamplerSettings
 
-Aim = Callable[[int, Sequence[int]], tuple[Tensor, Tensor]]
-"""The predictions that an attack wants of the edited model, recorded from the unedited one.
+OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
-(step, rows) -> x_t as the network takes it, and the wanted prediction there; both (n, C, h, w), for
-the victims `rows` at the timestep `step`, counted from 0. May draw from their generators.
+Aim = Callable[[int, Sequence[int]], Sequence[tuple[Tensor, Tensor]]]
+"""The predictions that an attack wants of the edited model, asked of the unedited one.
+
+(step, rows) -> for each iteration at the timestep `step`, counted from 0: x_t as the network takes
+it, and the wanted prediction there, both (n, C, h, w), for the victims `rows`. Asked once for each
+timestep, without gradient. May draw from the victims' generators.
 """
-
-
-@dataclass(frozen=True, kw_only=True)
-class Schedule(Identified):
-    """How long and how fast an attack searches."""
-
-    tokens: int  # k, prepended to the prompt
-    timesteps: int  # of a DDIM trajectory, evenly spaced, from noise to image
-    iterations: int  # optimiser steps at each of them
-    lr: float  # AdamW's learning rate
-    weight_decay: float  # AdamW's, decoupled from the gradient
-    batch_size: int  # prompts attacked at once
-    gradient_checkpointing: bool = immaterial(False)  # less memory, more time
 
 
 @dataclass(frozen=True)
@@ -54,6 +45,7 @@ class Victims:
     unconditional: Conditioning  # (1, ...)
     settings: SamplerSettings  # with the prompts' guidance
     generators: list[Generator]  # each prompt's own, for all that its attack draws
+    images: Pixels | None  # the unedited model's, (N, H, W, 3), for attacks that use them
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -76,39 +68,84 @@ class Victims:
             size=self.size,
         )
 
+    @torch.no_grad()
+    def latents(self, model: DiffusionModel) -> Tensor:
+        """x_0 of the images, (N, C, h, w): the image encoder's mean."""
+        if self.images is None:
+            raise ValueError("the attack uses the unedited model's images, and was given none")
+        each = [torch.from_numpy(image).permute(2, 0, 1)[None] / 255 for image in self.images]
+        return torch.cat([model.encode_images(image) for image in each])
+
+    def noised(
+        self, model: DiffusionModel, x_0: Tensor, t: Tensor, rows: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """x_t of the victims `rows`, whose images are x_0 (n, C, h, w), and its fresh noise."""
+        noise = draw_noise(model, [self.generators[row] for row in rows], self.size)
+        return model.add_noise(x_0, noise, t), noise  # (n, C, h, w) both
+
     @classmethod
     def of(
-        cls, model: DiffusionModel, prompts: Sequence[Prompt], settings: SamplerSettings, salt: str
+        cls,
+        model: DiffusionModel,
+        prompts: Sequence[Prompt],
+        settings: SamplerSettings,
+        salt: str,
+        images: Pixels | None = None,
     ) -> Victims:
         """`settings` have the prompts' guidance; `salt` sets apart what different attacks draw."""
         texts = [prompt.text for prompt in prompts]
         conditioning = model.encode_prompts(texts, truncate=True, apart=True)
         generators = make_generators([prompt.seed for prompt in prompts], salt)
         unconditional = model.encode_prompts([""])
-        return cls(tuple(prompts), conditioning, unconditional, settings, generators)
+        return cls(tuple(prompts), conditioning, unconditional, settings, generators, images)
 
 
+@dataclass(frozen=True, kw_only=True)
 class Attack(Identified, ABC):
-    """A way to look for adversarial tokens. Variables are float32, one tensor for each prompt."""
+    """A way to look for adversarial tokens: how long and how fast, and by which variables.
+
+    Variables are float32, one tensor for each prompt. Raises UserError for values out of range.
+    """
 
     name: ClassVar[str]  # as in conf/attack/NAME.yaml
-    optimises: ClassVar[bool] = True  # False: no iterations, the aim is not asked
+    optimises: ClassVar[bool] = True  # False: no iterations, and no states to have them at
 
-    def __init__(self, **schedule: Any) -> None:
-        """The fields of `Schedule`. Raises UserError for values out of range."""
-        self.schedule = Schedule(**schedule)
-        key, iterations = f"attacks.{self.name}", whole(1 if self.optimises else 0)
-        check(self.schedule, key, tokens=whole(1), timesteps=whole(1), iterations=iterations)
-        check(self.schedule, key, lr=positive, weight_decay=not_negative, batch_size=whole(1))
-        check(self.schedule, key, gradient_checkpointing=flag)
+    tokens: int  # k, prepended to the prompt
+    timesteps: int  # that it goes through, each with a try in the end
+    iterations: int  # optimiser steps at each of them
+    optimizer: str  # "adam": weight decay is a part of the gradient (L2) | "adamw": decoupled
+    lr: float
+    weight_decay: float
+    retokenize: bool  # the text of the tokens is tried, as the tokenizer reads it; False: their ids
+    batch_size: int  # prompts attacked at once
+    gradient_checkpointing: bool = immaterial(False)  # less memory, more time
+
+    def __post_init__(self) -> None:
+        place, iterations = f"attacks.{self.name}", whole(1 if self.optimises else 0)
+        check(self, place, tokens=whole(1), timesteps=whole(1), iterations=iterations)
+        check(self, place, optimizer=one_of(OPTIMIZERS), lr=positive, weight_decay=not_negative)
+        check(self, place, retokenize=flag, batch_size=whole(1), gradient_checkpointing=flag)
 
     def settings(self) -> dict[str, Any]:
         """All that determines what is found beside model and prompts; JSON-able."""
-        return {"attack": self.name, "version": self.version, **self.schedule.settings()}
+        return {"attack": self.name, "version": self.version, **material(self)}
 
-    def sampler(self, model: DiffusionModel) -> Sampler:
-        """The sampler whose timesteps the attack goes through. UserError if there are too many."""
-        return model.sampler(self.schedule.timesteps, "ddim")
+    @property
+    def uses_images(self) -> bool:
+        """Whether it looks at the unedited model's images of the prompts."""
+        return self.optimises
+
+    def visited(self, model: DiffusionModel) -> Tensor:
+        """The timesteps in their order, (timesteps,) int64. UserError if there are too many.
+
+        The released ones: the middles of equal parts of the training's, from image to noise.
+        """
+        most = model.sampler(1, "ddim").training_timesteps
+        if self.timesteps > most:
+            key = f"attacks.{self.name}.timesteps={self.timesteps}"
+            raise UserError(f"{key} is not allowed: model={model.name} was trained on {most}.")
+        part = most // self.timesteps
+        return torch.arange(part // 2, most, part, device=model.device)[: self.timesteps]
 
     @abstractmethod
     def aim(self, model: DiffusionModel, victims: Victims) -> Aim:

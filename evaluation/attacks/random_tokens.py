@@ -24,18 +24,24 @@ class RandomTokens(Attack):
     name: ClassVar[str] = "random_tokens"
     optimises: ClassVar[bool] = False
 
-    def __init__(self, *, tokens: int, tries: int, batch_size: int) -> None:
+    def __init__(self, *, tokens: int, tries: int, retokenize: bool, batch_size: int) -> None:
         """UserError for values below 1."""
-        timesteps = whole(1)("attacks.random_tokens.tries", tries)
-        nothing = {"iterations": 0, "lr": 1.0, "weight_decay": 0.0}
-        super().__init__(tokens=tokens, timesteps=timesteps, batch_size=batch_size, **nothing)
+        super().__init__(
+            tokens=tokens,
+            timesteps=whole(1)("attacks.random_tokens.tries", tries),
+            iterations=0,
+            optimizer="adam",
+            lr=1.0,
+            weight_decay=0.0,
+            retokenize=retokenize,
+            batch_size=batch_size,
+        )
 
     def aim(self, model: DiffusionModel, victims: Victims) -> Aim:
-        return lambda step, rows: (torch.empty(0), torch.empty(0))  # never asked
+        return lambda step, rows: []
 
     def start(self, space: TokenSpace, generator: Generator) -> Tensor:
-        size = (self.schedule.tokens,)
-        return torch.randint(len(space.usable), size, generator=generator).float()
+        return torch.randint(len(space.usable), (self.tokens,), generator=generator).float()
 
     def renew(self, space: TokenSpace, variables: Tensor, generator: Generator) -> None:
         with torch.no_grad():

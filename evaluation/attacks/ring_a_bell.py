@@ -170,7 +170,7 @@ def _framed(space: TokenSpace, tokens: Tensor) -> Tensor:
 
 def _survive(space: TokenSpace, tokens: Tensor) -> Tensor:
     """(n,) bool: whether the tokenizer reads (n, K) tokens back from their text, n > 0."""
-    return (space.ids(space.decode(tokens)) == _framed(space, tokens)).all(dim=1)
+    return (space.reread(tokens) == _framed(space, tokens)).all(dim=1)
 
 
 def _states(space: TokenSpace, ids: Tensor) -> Tensor:

@@ -2,11 +2,12 @@
 
 A batch's file (`cad.store`) has the adversarial images as tensor and the rest in its header. It is
 addressed by all that determines what is found: model, edit, attack, sampler, judge, device and
-libraries, and the prompts with their seeds.
+libraries, and the prompts with their seeds and the images that are looked at.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from functools import partial
@@ -24,6 +25,7 @@ from cad.weight_edit import WeightEdit
 from evaluation.attacks.base import Attack
 from evaluation.attacks.judge import EvaluatorJudge
 from evaluation.attacks.search import VERSION, Outcome, search
+from evaluation.pixels import Pixels
 from evaluation.prompts import Prompt
 from evaluation.sampler import Batch, SamplerSettings, plan_batches
 
@@ -41,13 +43,15 @@ class AttackStore(Store):
         prompts: Sequence[Prompt],
         settings: SamplerSettings,
         judge: EvaluatorJudge,
+        images: Sequence[Pixels] = (),
     ) -> list[Outcome]:
         """The outcome of each prompt, in their order; batches that are in the folder are read.
 
-        Leaves the model and the global random state as found. Raises UserError as `search`, and for
-        a folder that cannot be written to or locked.
+        `images` are the unedited model's of the prompts, for an attack that uses them. Leaves the
+        model and the global random state as found. Raises UserError as `search`, and for a folder
+        that cannot be written to or locked.
         """
-        batched = replace(settings, batch_size=attack.schedule.batch_size)
+        batched = replace(settings, batch_size=attack.batch_size)
         shared = {
             "version": VERSION,
             "model": model.provenance(),
@@ -57,13 +61,14 @@ class AttackStore(Store):
             **describe_runtime(model.device),
         }
         outcomes: dict[int, Outcome] = {}
-        steps = attack.schedule.timesteps
+        steps, looks = attack.timesteps, attack.uses_images
         with tqdm(desc=attack.name, total=len(prompts) * steps, unit="step", disable=None) as bar:
             for batch in plan_batches(model, prompts, batched):
                 own = replace(batched, guidance=batch.guidance)
-                make = partial(search, model, edit, attack, batch.prompts, own, judge, bar)
-                what = f"the {attack.name} attack"
-                found, _ = self.get_or_make(shared | _own(batch, own), what, _read, make, _write)
+                seen = np.stack([images[i] for i in batch.indices]) if looks else None
+                make = partial(search, model, edit, attack, batch.prompts, own, judge, bar, seen)
+                what, key = f"the {attack.name} attack", shared | _own(batch, own, seen)
+                found, _ = self.get_or_make(key, what, _read, make, _write)
                 outcomes |= dict(zip(batch.indices, found, strict=True))
                 bar.update(len(outcomes) * steps - bar.n)  # by what was read
                 broken = sum(outcome.success for outcome in outcomes.values())
@@ -71,11 +76,12 @@ class AttackStore(Store):
         return [outcomes[index] for index in range(len(prompts))]
 
 
-def _own(batch: Batch, settings: SamplerSettings) -> dict[str, Any]:
+def _own(batch: Batch, settings: SamplerSettings, images: Pixels | None) -> dict[str, Any]:
     """The part of the key that is a batch's own; `settings` have its guidance."""
     return {
         "sampler": {"steps": settings.steps, "kind": settings.kind, "guidance": settings.guidance},
         "prompts": [[p.text, p.seed, p.group, p.size, p.truncate] for p in batch.prompts],
+        "images": images if images is None else hashlib.sha256(images.tobytes()).hexdigest(),
     }
 
 

@@ -5,7 +5,8 @@ goes straight through the draw, cut to [-1, 1] (hard-tanh). After each optimiser
 distributions are projected onto the simplex. The tokens of an attack are the most probable ones.
 
 The aim is the training target on x_0 alone, the unedited model's image of the same prompt and seed,
-with fresh noise at every iteration: the paper's diffusion loss, which needs no second model.
+with fresh noise at every iteration, from image to noise: the paper's diffusion loss, which needs no
+second model.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from torch import Generator, Tensor
 
 from cad.models.base import DiffusionModel
 from cad.models.conditioning import TokenSpace
-from cad.sampling import draw_noise
 from evaluation.attacks.base import Aim, Attack, Victims
 
 
@@ -27,25 +27,21 @@ class UnlearnDiff(Attack):
     """Variables: k distributions over the U usable tokens, (k, U), at first uniform."""
 
     name: ClassVar[str] = "unlearn_diff"
+    version: ClassVar[int] = 2
 
-    @torch.no_grad()
     def aim(self, model: DiffusionModel, victims: Victims) -> Aim:
-        everybody = range(len(victims.prompts))
-        x_0 = victims.sampled(model, victims.conditioning, everybody)  # (N, C, h, w)
-        sampler = self.sampler(model)
+        x_0, visited = victims.latents(model), self.visited(model)  # (N, C, h, w), (timesteps,)
 
-        def noised_anew(step: int, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-            t, clean = sampler.timesteps[step], x_0[list(rows)]
-            generators = [victims.generators[row] for row in rows]
-            noise = draw_noise(model, generators, victims.size)  # (n, C, h, w)
-            x_t = model.add_noise(clean, noise, t)
-            return sampler.scale(x_t, t), model.target(clean, noise, t)
+        def noised_anew(step: int, rows: Sequence[int]) -> Sequence[tuple[Tensor, Tensor]]:
+            t, clean = visited[step], x_0[list(rows)]
+            drawn = [victims.noised(model, clean, t, rows) for _ in range(self.iterations)]
+            return [(x_t, model.target(clean, noise, t)) for x_t, noise in drawn]
 
         return noised_anew
 
     def start(self, space: TokenSpace, generator: Generator) -> Tensor:
         tokens = len(space.usable)
-        return torch.full((self.schedule.tokens, tokens), 1 / tokens)
+        return torch.full((self.tokens, tokens), 1 / tokens)
 
     def embed(
         self, space: TokenSpace, variables: Tensor, generators: Sequence[Generator]

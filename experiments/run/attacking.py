@@ -65,10 +65,10 @@ class AttackPlan:
     def check(self, model: DiffusionModel, prompts: Sequence[Prompt]) -> None:
         """Raise UserError for a model, prompts or a judge that the attacks cannot work with."""
         for attack in self.attacks:
-            search.places(model.token_space(), prompts, attack.schedule.tokens)
-            attack.sampler(model)
+            search.places(model.token_space(), prompts, attack.tokens)
+            attack.visited(model)
             key = f"attacks.{attack.name}.gradient_checkpointing"
-            check_gradient_checkpointing(model, attack.schedule.gradient_checkpointing, key)
+            check_gradient_checkpointing(model, attack.gradient_checkpointing, key)
         EvaluatorJudge(copy.deepcopy(self.judge)).check(prompts)
 
     def run(
@@ -94,11 +94,12 @@ class AttackPlan:
         rows = _rows(WITHOUT_ATTACK, judge.version, prompts, shown)
         left = [index for index, visible in enumerate(shown) if not visible]
         attacked = [prompts[index] for index in left]
+        unedited = self._unedited(model, prompts, sampler, left)
         store = AttackStore(self.store)
         records: list[dict[str, Any]] = []
         pictures: dict[str, dict[int, Pixels]] = {}
         for attack in self.attacks:
-            made = store.attack(model, edit, attack, attacked, sampler, judge)
+            made = store.attack(model, edit, attack, attacked, sampler, judge, unedited)
             found = dict(zip(left, made, strict=True))
             version = f"{attack.name}-{attack.version}/{judge.version}"
             success = [visible or found[index].success for index, visible in enumerate(shown)]
@@ -108,6 +109,19 @@ class AttackPlan:
         write_lines(work / RECORDS, records)
         attack_picture(originals, pictures, work / PICTURE, mask)
         return rows
+
+    def _unedited(
+        self,
+        model: DiffusionModel,
+        prompts: Sequence[Prompt],
+        sampler: SamplerSettings,
+        left: Sequence[int],
+    ) -> list[Pixels]:
+        """The unedited model's images of the prompts `left`, where an attack looks at them."""
+        if not left or not any(attack.uses_images for attack in self.attacks):
+            return []
+        images = generate(model, prompts, sampler, self.images)  # all: one set for every edit
+        return [images.read(index) for index in left]
 
 
 def plan_attacks(cfg: DictConfig) -> AttackPlan:
@@ -154,7 +168,7 @@ def _record(
     origin |= {"group": prompt.group, **prompt.own_settings()}
     if outcome is None:
         return origin | {"without_attack": True, "success": True, "iterations": 0} | NOT_NEEDED
-    iterations = outcome.timesteps * attack.schedule.iterations
+    iterations = outcome.timesteps * attack.iterations
     return origin | {"without_attack": False, "iterations": iterations} | record_of(outcome)
 
 

@@ -20,7 +20,8 @@ from evaluation.sampler import SamplerSettings
 
 SETTINGS = SamplerSettings(steps=2, guidance=3.0, kind="default", batch_size=64)
 SMALL = {"tokens": 2, "timesteps": 3, "iterations": 2, "lr": 0.1, "weight_decay": 0.1}
-SMALL |= {"batch_size": 2}
+SMALL |= {"optimizer": "adam", "retokenize": True, "batch_size": 2}
+P4D_SMALL = SMALL | {"states": "image"}
 PROMPTS = [Prompt("a hut", seed, "hut", guidance=7.0 if seed == 1 else None) for seed in range(4)]
 NO_EDIT = WeightEdit({}, {})
 
@@ -41,7 +42,7 @@ def searched(monkeypatch):
     """The seeds of each batch that is searched, in place of searching."""
     batches: list[list[int]] = []
 
-    def search(model, edit, attack, prompts, settings, judge, progress):
+    def search(model, edit, attack, prompts, settings, judge, progress, images):
         batches.append([prompt.seed for prompt in prompts])
         return [outcome(prompt.seed) for prompt in prompts]
 
@@ -54,10 +55,11 @@ def outcome(seed):
     return Outcome(seed == 2, 1, 999, [5, seed], f"x{seed} a hut", True, [0.5, None], image)
 
 
-def attack(folder, model, attack=None, prompts=PROMPTS, settings=SETTINGS):
+def attack(folder, model, attack=None, prompts=PROMPTS, settings=SETTINGS, grey=0):
     judge = EvaluatorJudge(Judging())
-    attack = attack or P4D(**SMALL)
-    return AttackStore(folder).attack(model, NO_EDIT, attack, prompts, settings, judge)
+    attack = attack or P4D(**P4D_SMALL)
+    images = [np.full((4, 4, 3), grey, np.uint8)] * len(prompts)
+    return AttackStore(folder).attack(model, NO_EDIT, attack, prompts, settings, judge, images)
 
 
 def files(folder):
@@ -108,17 +110,19 @@ def test_a_damaged_or_altered_file_is_made_again(tiny_model, tmp_path, searched,
 
 def test_a_file_is_addressed_by_all_that_counts(tiny_model, tmp_path, searched, monkeypatch):
     attack(tmp_path, tiny_model, prompts=PROMPTS[:1])
-    checkpointed = P4D(**SMALL, gradient_checkpointing=True)  # memory alone
+    checkpointed = P4D(**P4D_SMALL, gradient_checkpointing=True)  # memory alone
     attack(tmp_path, tiny_model, checkpointed, PROMPTS[:1])
     assert files(tmp_path) == 1
-    others = (P4D(**SMALL | {"lr": 0.2}), UnlearnDiff(**SMALL), P4D(**SMALL | {"batch_size": 3}))
-    for number, other in enumerate(others, start=2):
+    changes = ("lr", 0.2), ("batch_size", 3), ("optimizer", "adamw"), ("states", "trajectory")
+    others = [P4D(**P4D_SMALL | {key: value}) for key, value in (*changes, ("retokenize", False))]
+    for number, other in enumerate((*others, UnlearnDiff(**SMALL)), start=2):
         attack(tmp_path, tiny_model, other, PROMPTS[:1])
         assert files(tmp_path) == number
     attack(tmp_path, tiny_model, prompts=[Prompt("a hut", 0, "den")])  # judged otherwise
     attack(tmp_path, tiny_model, prompts=PROMPTS[:1], settings=replace(SETTINGS, steps=3))
-    assert files(tmp_path) == 6
-    for count, (name, changed) in enumerate({"version": 2, "instrument": "lens"}.items(), start=7):
+    attack(tmp_path, tiny_model, prompts=PROMPTS[:1], grey=1)
+    assert files(tmp_path) == 10
+    for count, (name, changed) in enumerate({"version": 2, "instrument": "lens"}.items(), start=11):
         monkeypatch.setattr(Judging, name, changed)
         attack(tmp_path, tiny_model, prompts=PROMPTS[:1])
         assert files(tmp_path) == count

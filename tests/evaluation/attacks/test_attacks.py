@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
+from conftest import RESOLUTION, build_pipeline
 from tqdm import tqdm
 
 from cad.components import component_weights
 from cad.errors import UserError
 from cad.identity import parameter_digest
+from cad.models.stable_diffusion import StableDiffusionModel
 from cad.sampling import make_generators, sample_latents
 from cad.weight_edit import Scale, WeightEdit
 from evaluation.attacks.base import Victims
@@ -18,12 +22,13 @@ from evaluation.attacks.random_tokens import RandomTokens
 from evaluation.attacks.search import _Search, search
 from evaluation.attacks.unlearn_diff import UnlearnDiff, project_onto_simplex
 from evaluation.prompts import Prompt
-from evaluation.sampler import SamplerSettings
+from evaluation.sampler import SamplerSettings, to_pixels
 
 SETTINGS = SamplerSettings(steps=2, guidance=3.0, kind="default", batch_size=4)
 SMALL = {"tokens": 2, "timesteps": 3, "iterations": 2, "lr": 0.1, "weight_decay": 0.1}
-SMALL |= {"batch_size": 4}
-ATTACKS = (P4D, UnlearnDiff)
+SMALL |= {"optimizer": "adam", "retokenize": True, "batch_size": 4}
+ON_IMAGE, ON_TRAJECTORY = (partial(P4D, states=states) for states in ("image", "trajectory"))
+ATTACKS = (ON_IMAGE, UnlearnDiff)
 TEXTS = ("a hut", "church", "two huts", "parachute")
 PROMPTS = tuple(Prompt(text, seed, "hut") for seed, text in enumerate(TEXTS))
 
@@ -52,11 +57,19 @@ def weakened(model):
 def attacked(model, attack, prompts=PROMPTS, judge=None, edit=None):
     judge = judge or Threshold(999)
     edit = edit or weakened(model)
-    return search(model, edit, attack, prompts, SETTINGS, judge, tqdm(disable=True))
+    images = unedited(model, prompts) if attack.uses_images else None
+    return search(model, edit, attack, prompts, SETTINGS, judge, tqdm(disable=True), images)
+
+
+def unedited(model, prompts=PROMPTS):
+    texts, empty = model.encode_prompts([p.text for p in prompts], truncate=True), ""
+    seeds, settings = [p.seed for p in prompts], {"steps": 2, "guidance": 3.0}
+    x_0 = sample_latents(model, texts, model.encode_prompts([empty]), seeds, **settings)
+    return to_pixels(model.decode_latents(x_0))[0]
 
 
 def victims(model, prompts=PROMPTS):
-    return Victims.of(model, prompts, SETTINGS, "test")
+    return Victims.of(model, prompts, SETTINGS, "test", unedited(model, prompts))
 
 
 @pytest.mark.parametrize("method", ATTACKS)
@@ -74,7 +87,7 @@ def test_batched_prompts_end_as_one_by_one(method, tiny_model):
         assert np.abs(one.image.astype(int) - other.image).max() <= 1
 
 
-@pytest.mark.parametrize("method", ATTACKS)
+@pytest.mark.parametrize("method", [*ATTACKS, ON_TRAJECTORY])
 def test_nothing_is_left_behind(method, tiny_model):
     """The weights are as before, also after an exception, which here comes amid the search."""
     networks = (tiny_model.denoiser, tiny_model.text_encoder)
@@ -109,33 +122,52 @@ def test_a_prompt_that_succeeds_leaves_the_batch(tiny_model):
             return [prompt.seed == 1 or len(self.asked) == 2 for prompt in prompts]
 
     judge = Second(0)
-    found = attacked(tiny_model, P4D(**SMALL), judge=judge)
+    found = attacked(tiny_model, ON_IMAGE(**SMALL), judge=judge)
     assert judge.asked == [[0, 1, 2, 3], [0, 2, 3]]
     assert [outcome.timesteps for outcome in found] == [2, 1, 2, 2]
     assert [len(outcome.losses) for outcome in found] == [4, 2, 4, 4]
     assert all(outcome.success for outcome in found)
-    timesteps = P4D(**SMALL).sampler(tiny_model).timesteps.tolist()
-    assert [outcome.timestep for outcome in found] == [timesteps[o.timesteps - 1] for o in found]
+    assert [outcome.timestep for outcome in found] == [499, 166, 499, 499]  # of 166, 499, 832
 
 
 @pytest.mark.parametrize("method", ATTACKS)
-def test_the_tokens_are_what_was_sampled(method, tiny_model):
-    (found,) = attacked(tiny_model, method(**SMALL), PROMPTS[:1])
+def test_timesteps_are_the_released_ones(method, tiny_model):
+    attack = method(**SMALL | {"timesteps": 50})
+    assert attack.visited(tiny_model).tolist() == list(range(10, 1000, 20))
+    with pytest.raises(UserError, match=r"timesteps=1001 is not allowed: .* trained on 1000"):
+        method(**SMALL | {"timesteps": 1001}).visited(tiny_model)
+
+
+def test_a_trajectorys_timesteps_go_from_noise_to_image(tiny_model):
+    timesteps = ON_TRAJECTORY(**SMALL).visited(tiny_model).tolist()
+    assert timesteps == sorted(timesteps, reverse=True) == [667, 334, 1]
+
+
+@pytest.mark.parametrize("retokenize", [True, False])
+def test_the_text_or_the_tokens_are_what_was_sampled(retokenize):
+    """The tokenizer splits numbers into digits: "1", within a word, and "2" are read otherwise."""
+    tiny_model = StableDiffusionModel("tiny", build_pipeline(), RESOLUTION)
+    tokens = tiny_model.tokenizer.convert_tokens_to_ids(["1", "2</w>"])
+    attack = RandomTokens(tokens=2, tries=1, retokenize=retokenize, batch_size=1)
+    object.__setattr__(attack, "discretise", lambda *_: torch.tensor([tokens]))
+    (found,) = attacked(tiny_model, attack, PROMPTS[:1])
+    assert (found.tokens, found.text) == (tokens, "12 a hut")
+    assert not found.retokenizes
     space = tiny_model.token_space()
     ids = space.prepend([TEXTS[0]], 2)
-    ids[0, 1:3] = torch.tensor(found.tokens)
+    ids[0, 1:3] = torch.tensor(tokens)
     settings = {"steps": 2, "guidance": 3.0}
     with weakened(tiny_model).applied(tiny_model):
-        texts, empty = space.encode_ids(ids), tiny_model.encode_prompts([""])
+        read, given = tiny_model.encode_prompts(["12 a hut"]), space.encode_ids(ids)
+        assert not torch.equal(read.tensors["states"], given.tensors["states"])
+        texts, empty = read if retokenize else given, tiny_model.encode_prompts([""])
         x_0 = sample_latents(tiny_model, texts, empty, [PROMPTS[0].seed], **settings)
         image = tiny_model.decode_latents(x_0)[0].permute(1, 2, 0)
     assert np.array_equal((255 * image).round().to(torch.uint8).numpy(), found.image)
-    assert set(found.tokens) <= set(space.usable.tolist())
-    assert found.retokenizes == torch.equal(space.ids([found.text]), ids)
 
 
 def test_random_tokens_are_drawn_anew_after_each_failure(tiny_model):
-    attack = RandomTokens(tokens=2, tries=3, batch_size=4)
+    attack = RandomTokens(tokens=2, tries=3, retokenize=True, batch_size=4)
     judge = Threshold(999)
     together = attacked(tiny_model, attack, judge=judge)
     assert judge.asked == 3 * [[0, 1, 2, 3]]
@@ -148,14 +180,15 @@ def test_random_tokens_are_drawn_anew_after_each_failure(tiny_model):
         (alone,) = attacked(tiny_model, attack, [prompt])
         assert alone.tokens == found.tokens
     with pytest.raises(UserError, match=r"attacks\.random_tokens\.tries=0 is not"):
-        RandomTokens(tokens=2, tries=0, batch_size=4)
+        RandomTokens(tokens=2, tries=0, retokenize=True, batch_size=4)
 
 
 def test_p4d_aims_at_the_unedited_models_own_trajectory(tiny_model):
-    attack, own = P4D(**SMALL), victims(tiny_model)
+    attack, own = ON_TRAJECTORY(**SMALL), victims(tiny_model)
     aim = attack.aim(tiny_model, own)
-    sampler = attack.sampler(tiny_model)
-    x_t, predicted = aim(2, [1, 3])
+    sampler = tiny_model.sampler(3, "ddim")
+    (x_t, predicted), again = aim(2, [1, 3])
+    assert again[0] is x_t
     rows = torch.tensor([1, 3])
     phi = tiny_model.predict(x_t, sampler.timesteps[2], own.conditioning[rows])
     torch.testing.assert_close(predicted, phi)
@@ -168,7 +201,7 @@ def test_p4d_aims_at_the_unedited_models_own_trajectory(tiny_model):
 
 
 def test_p4d_puts_the_nearest_token_and_passes_gradients_straight(tiny_model):
-    attack, space = P4D(**SMALL), tiny_model.token_space()
+    attack, space = ON_IMAGE(**SMALL), tiny_model.token_space()
     generator = torch.Generator().manual_seed(0)
     start = attack.start(space, generator)  # (2, D)
     ids = attack.discretise(space, start[None])
@@ -186,12 +219,10 @@ def test_unlearn_diff_aims_at_the_training_target_of_the_unedited_image(tiny_mod
     own = victims(tiny_model)
     attack = UnlearnDiff(**SMALL)
     aim = attack.aim(tiny_model, own)
-    settings = {"steps": 2, "guidance": 3.0}
-    x_0 = sample_latents(tiny_model, own.conditioning, own.unconditional, own.seeds, **settings)
+    x_0 = tiny_model.encode_images(torch.from_numpy(own.images).permute(0, 3, 1, 2) / 255)
     (generator,) = make_generators([2], "test")
-    t = attack.sampler(tiny_model).timesteps[1]
-    for _ in range(2):  # fresh noise each time, from the prompt's own generator
-        x_t, target = aim(1, [2])
+    for x_t, target in aim(1, [2]):  # fresh noise each time, from the prompt's own generator
+        t = torch.tensor(499)
         noise = torch.randn(1, *tiny_model.latent_shape, generator=generator)
         torch.testing.assert_close(x_t, tiny_model.add_noise(x_0[2:3], noise, t))
         torch.testing.assert_close(target, tiny_model.target(x_0[2:3], noise, t))
@@ -222,17 +253,16 @@ def test_unlearn_diff_draws_tokens_and_cuts_their_gradients(tiny_model):
 
 
 def test_losses_and_gradients_are_the_plain_ones(tiny_model):
-    attack, own = P4D(**SMALL), victims(tiny_model)
-    aim = attack.aim(tiny_model, own)
-    search_ = _Search(tiny_model, attack, own, aim)
+    attack, own = ON_IMAGE(**SMALL), victims(tiny_model)
+    search_ = _Search(tiny_model, weakened(tiny_model), attack, own)
     space = tiny_model.token_space()
     embeddings = torch.randn(2, 2, space.vocabulary.shape[1])
+    x_t, target = attack.aim(tiny_model, own)(1, [0, 2])[0]
     with torch.enable_grad():
-        losses, gradient = search_._loss(embeddings.clone(), 1, [0, 2])
-    x_t, target = aim(1, [0, 2])
+        losses, gradient = search_._loss(embeddings.clone(), 1, [0, 2], x_t, target)
     leaf = embeddings.requires_grad_()
     ids = space.prepend([TEXTS[0], TEXTS[2]], 2)
-    t = attack.sampler(tiny_model).timesteps[1]
+    t = attack.visited(tiny_model)[1]
     phi = tiny_model.predict(x_t, t, space.encode(ids, leaf))
     plain = (phi - target).square().mean(dim=(1, 2, 3))  # (2,)
     plain.sum().backward()
@@ -259,9 +289,9 @@ def test_a_model_that_gives_no_finite_numbers_is_survived(tiny_model, monkeypatc
     def predict(x_t, t, conditioning):
         return float("nan") * x_t + conditioning.tensors["states"].mean()
 
-    edit, attack = weakened(tiny_model), P4D(**SMALL)
-    aim = attack.aim(tiny_model, victims(tiny_model))
-    monkeypatch.setattr(attack, "aim", lambda *_: aim)
+    edit, attack = weakened(tiny_model), UnlearnDiff(**SMALL)
+    images = unedited(tiny_model)
+    monkeypatch.setitem(globals(), "unedited", lambda *_: images)
     monkeypatch.setattr(tiny_model, "predict", predict)
     for outcome in attacked(tiny_model, attack, edit=edit):
         assert not outcome.success
@@ -272,17 +302,21 @@ def test_a_model_that_gives_no_finite_numbers_is_survived(tiny_model, monkeypatc
 def test_a_prompt_without_room_is_refused_before_the_first_step(tiny_model):
     full = Prompt("abcdefghijklmn", 0, "hut")  # 14 tokens, with start and end 16
     with pytest.raises(UserError, match="leaves no room for 2 more"):
-        attacked(tiny_model, P4D(**SMALL), [full])
+        attacked(tiny_model, ON_IMAGE(**SMALL), [full])
     cut = Prompt(full.text, 0, "hut", truncate=True)
-    assert len(attacked(tiny_model, P4D(**SMALL), [cut])) == 1
+    assert len(attacked(tiny_model, ON_IMAGE(**SMALL), [cut])) == 1
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("tokens", 0), ("iterations", 0), ("lr", 0.0), ("weight_decay", -1.0)]
+    ("key", "value"),
+    [
+        *(("tokens", 0), ("iterations", 0), ("lr", 0.0), ("weight_decay", -1.0)),
+        *(("optimizer", "sgd"), ("states", "image, noised"), ("retokenize", "yes")),
+    ],
 )
 def test_settings_out_of_range_are_refused(key, value):
-    with pytest.raises(UserError, match=rf"attacks\.p4d\.{key}={value} is not allowed"):
-        P4D(**(SMALL | {key: value}))
+    with pytest.raises(UserError, match=rf"attacks\.p4d\.{key}={value!r} is (not allowed|unknown)"):
+        P4D(**(SMALL | {"states": "image", key: value}))
 
 
 def bisected(points, rounds=100):

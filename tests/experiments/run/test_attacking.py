@@ -16,6 +16,7 @@ from weights import write_weights
 from cad.errors import UserError
 from cad.models.random_weights import random_pipeline
 from cad.models.stable_diffusion_xl import StableDiffusionXLModel
+from cad.weight_edit import NO_EDIT
 from evaluation.attacks.base import Attack
 from evaluation.evaluators.base import Evaluator
 from evaluation.prompts import Prompt
@@ -51,16 +52,27 @@ def test_attack(name: str) -> None:
     assert settings["attack"] == name
     assert "gradient_checkpointing" not in settings
     assert {"tokens", "timesteps", "iterations", "lr", "batch_size", "version"} <= settings.keys()
+    assert {"optimizer", "weight_decay", "retokenize"} <= settings.keys()
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(("concept", "tokens"), [("nudity", 5), ("church", 3), ("van_gogh", 3)])
-def test_the_papers_schedule(name: str, concept: str, tokens: int) -> None:
-    attack = build(compose("model=sd14", f"concept={concept}", f"attack={name}").attacks[name])
-    schedule = attack.schedule
-    assert (schedule.tokens, schedule.timesteps) == (tokens, 50)
+@pytest.mark.parametrize(
+    ("model", "concept", "tokens"),
+    [
+        *(("sd14", "nudity", 5), ("sd14", "church", 3), ("sd14", "van_gogh", 3)),
+        *(("sd21", "nudity", 5), ("sd21", "tench", 3), ("mini", "church", 3)),
+    ],
+)
+def test_the_released_settings(name: str, model: str, concept: str, tokens: int) -> None:
+    """Those of Zhang et al.'s release, for both attacks; the miniature's search is shorter."""
+    attack = build(compose(f"model={model}", f"concept={concept}", f"attack={name}").attacks[name])
+    timesteps, iterations = (6, 10) if model == "mini" else (50, 40)
+    assert (attack.tokens, attack.timesteps, attack.retokenize) == (tokens, timesteps, True)
     if attack.optimises:
-        assert (schedule.iterations, schedule.lr, schedule.weight_decay) == (40, 0.01, 0.1)
+        assert (attack.iterations, attack.lr, attack.weight_decay) == (iterations, 0.01, 0.1)
+        assert attack.optimizer == "adam"
+    if name == "p4d":
+        assert attack.states == "image"
 
 
 def test_what_decides_an_attack_is_in_the_identity() -> None:
@@ -71,7 +83,8 @@ def test_what_decides_an_attack_is_in_the_identity() -> None:
     assert {identify(override) for override in same} == {identify()}
     assert identify("evaluator@attack.judge=accuracy") == identify()  # the default one
     others = ("attack.limit=3", "attack.tokens=4", "evaluator@attack.judge=face", BOTH)
-    assert len({identify(override) for override in others} | {identify()}) == 5
+    others += ("attack.retokenize=false", "attacks.p4d.states=trajectory")
+    assert len({identify(override) for override in others} | {identify()}) == 7
 
 
 @pytest.mark.parametrize(
@@ -178,7 +191,9 @@ def test_a_run_with_attacks_alone(weights: Path, tmp_path: Path, stubborn: list[
     )
     assert (final / "attack.png").is_file()
     assert not (final / "before_after.png").exists()
-    assert len(list((tmp_path / "images").iterdir())) == 1  # no other images than it needs
+    made = [read_json(path)["edit"] for path in (tmp_path / "images").glob("*/set.json")]
+    assert len(made) == 2  # no other images than it needs
+    assert NO_EDIT in made
     assert experiment.folder.is_complete()
 
 
