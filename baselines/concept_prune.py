@@ -6,8 +6,9 @@ the first t steps, the second linear layer of every feed-forward block gets two 
 is skilled at a step if it is among the top k of its row for the concept and its concept score
 exceeds its base score. Pruned are the weights that are skilled at more than m * t steps.
 
-Where the publication leaves a choice: the sampler is DDIM without fresh noise; what guides it, the
-prediction without a prompt, is not recorded; k is rounded down; "more than" is strict.
+Where the publication leaves a choice the default is what was released: the prediction without a
+prompt, which guides the sampler, is recorded too; all prompts start from one noise; the sampler is
+the model's own; k is rounded down; "more than" is strict.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from cad.attribution import overflow
-from cad.checks import check, finite, number, ratio, text, texts, whole
+from cad.checks import check, finite, number, one_of, ratio, text, texts, whole
 from cad.components import component_weights
 from cad.concepts import Concept, with_article
 from cad.edits import Edit
@@ -41,6 +42,9 @@ from cad.selection import floor_share
 from cad.weight_edit import Change, WeightEdit, Zero
 
 log = logging.getLogger(__name__)
+
+RECORDED = ("both", "prompted")  # predictions whose activations count
+NOISES = ("shared", "own")  # where the pairs start from
 
 _majority = number(lambda x: 0 <= x < 1, "a number in [0, 1)")
 _SECOND_LINEAR = re.compile(r"(^|\.)ff\.net\.2\.weight$")
@@ -66,6 +70,11 @@ class ConceptPrune(Edit):
     majority: float  # m, a fraction of the first steps, in [0, 1)
     steps: int = 50  # of the sampler
     guidance: float = 7.5  # classifier-free guidance of the sampler
+    kind: str = "default"  # of `DiffusionModel.sampler`: "default" | "ddim"
+    # "both": of the predictions with the prompt and without, the guidance batch, as released |
+    # "prompted": of the first alone, which at guidance 1 is all there is.
+    record: str = "both"
+    noise: str = "shared"  # by all pairs, as released | "own": each pair has its own
     seed: int = 0  # of the noise
     batch_size: int = 5  # pairs at once, two images each; changes nothing but float rounding
 
@@ -73,6 +82,7 @@ class ConceptPrune(Edit):
         check(self, "edit", base_template=text, concept_template=text, fillers=texts)
         check(self, "edit", first_steps=whole(1), steps=whole(1), batch_size=whole(1))
         check(self, "edit", ratio=ratio, majority=_majority, guidance=finite, seed=whole(0))
+        check(self, "edit", record=one_of(RECORDED), noise=one_of(NOISES))
         self._check_templates()
         if not self.fillers or not all(word.strip() for word in self.fillers):
             raise UserError(f"edit.fillers={self.fillers} is not allowed: it is a list of words.")
@@ -129,7 +139,7 @@ class ConceptPrune(Edit):
                 f"edit.ratio={self.ratio} chooses nothing: a row of model={model.name} has at most "
                 f"{widest} weights, so the ratio must be at least {1 / widest:.3g}."
             )
-        model.sampler(self.steps, "ddim", eta=0.0)
+        model.sampler(self.steps, self.kind)
         for concept in concepts:
             for prompts in self.prompts(concept):
                 model.check_prompts(prompts)
@@ -176,20 +186,25 @@ class ConceptPrune(Edit):
         squares: Mapping[str, Tensor],
     ) -> None:
         """Samples N pairs for the first steps and adds to `squares`."""
-        sampler = model.sampler(self.steps, "ddim", eta=0.0)
+        sampler = model.sampler(self.steps, self.kind)
         unconditional = model.encode_prompts([""]).expand(len(c))
-        noise = draw_noise(model, make_generators(batch, salt=f"{self.name}-{self.seed}"))
-        x_t = torch.cat([noise, noise]) * sampler.init_sigma  # (2N, C, h, w)
+        starts = batch if self.noise == "own" else [0] * len(batch)
+        generators = make_generators([*starts, *starts], salt=f"{self.name}-{self.seed}")
+        x_t = draw_noise(model, generators) * sampler.init_sigma  # (2N, C, h, w), two halves alike
+        guided = self.guidance != 1.0
         for step, t in enumerate(sampler.timesteps[: self.first_steps]):
             x_in = sampler.scale(x_t, t)
             with recorded(model.denoiser, {name: each[step] for name, each in squares.items()}):
-                prediction = model.predict(x_in, t, c)
+                prediction = phi_c = model.predict(x_in, t, c)
+                if guided and self.record == "both":
+                    phi_u = model.predict(x_in, t, unconditional)
             if step + 1 == self.first_steps:
                 break
-            if self.guidance != 1.0:
-                phi_u = model.predict(x_in, t, unconditional)
-                prediction = guide(phi_u, prediction, self.guidance)
-            x_t = sampler.step(prediction, t, x_t, None)
+            if guided:
+                if self.record == "prompted":
+                    phi_u = model.predict(x_in, t, unconditional)
+                prediction = guide(phi_u, phi_c, self.guidance)
+            x_t = sampler.step(prediction, t, x_t, generators)
 
 
 def second_linears(model: DiffusionModel) -> dict[str, nn.Parameter]:

@@ -1,6 +1,6 @@
 """ESD (Gandikota et al. 2023, Erasing Concepts from Diffusion Models): fine-tunes the denoiser.
 
-Its prediction for the concept's prompt c is to become what leads away from the concept,
+Its prediction for the concept's text c is to become what leads away from the concept,
 
     Phi(x_t, c, t) -> Phi*(x_t, "", t) - eta (Phi*(x_t, c, t) - Phi*(x_t, "", t)),
 
@@ -15,7 +15,8 @@ All walks of an optimiser step are one batch, in which every element has its own
 random step, and leaves at that step.
 
 Where publication and releases differ or are silent: t is the sampler's own timestep at which x_t
-lies (the first release draws one around it); "noxattn" is every parameter without `.attn2.` in its
+lies (in the first release x_t is two sampler steps further on its way than the timesteps that t is
+drawn from); "noxattn" is every parameter without `.attn2.` in its
 name (releases leave some out); of several concepts each element draws one. In half precision the
 trained weights are float32 with autocast, while the walk and Phi* are in the model's own dtype.
 """
@@ -52,6 +53,7 @@ from cad.weight_edit import Change, Replace, WeightEdit
 
 log = logging.getLogger(__name__)
 
+TEXTS = ("text", "prompt")  # of a concept
 PARAMETERS = {  # what is trained: regular expressions over the denoiser's parameter names
     "noxattn": r"^(?!.*\.attn2\.)",  # ESD-u: all but cross-attention
     "xattn": r"\.attn2\.",  # ESD-x: cross-attention
@@ -71,6 +73,7 @@ class ESD(Edit):
     name: ClassVar[str] = "esd"
 
     parameters: str  # a key of PARAMETERS
+    trained_on: str = "text"  # "text": `Concept.text`, the word itself, as released | "prompt"
     iterations: int = 1000  # optimiser steps
     lr: float = 1e-5  # Adam's
     negative_guidance: float = 1.0  # eta
@@ -86,13 +89,14 @@ class ESD(Edit):
     def __post_init__(self) -> None:
         counts = ("iterations", "steps", "batch_size", "accumulation", "checkpoint_every")
         check(self, "edit", **dict.fromkeys(counts, whole(1)))
-        check(self, "edit", parameters=one_of(PARAMETERS), seed=whole(0), lr=positive)
+        check(self, "edit", parameters=one_of(PARAMETERS), trained_on=one_of(TEXTS))
+        check(self, "edit", seed=whole(0), lr=positive)
         check(self, "edit", negative_guidance=finite, guidance=finite, gradient_checkpointing=flag)
 
     def make(self, model: DiffusionModel, concepts: Sequence[Concept]) -> WeightEdit:
         weights = trained_weights(model, self.parameters)
         model.sampler(self.steps, "ddim", eta=0.0)  # these refuse what could not work
-        model.check_prompts([concept.prompt for concept in concepts])
+        model.check_prompts(self.texts(concepts))
         wanted = self.gradient_checkpointing
         check_gradient_checkpointing(model, wanted, "edit.gradient_checkpointing")
         checkpoint = self._checkpoint(model, concepts)
@@ -112,6 +116,10 @@ class ESD(Edit):
                         checkpoint.write(training.progress(history, meter.cost))
             changes = training.changes()
         return WeightEdit(changes, cost=meter.cost, history=tuple(history))
+
+    def texts(self, concepts: Sequence[Concept]) -> list[str]:
+        """What stands for each concept."""
+        return [getattr(concept, self.trained_on) for concept in concepts]
 
     def clean_up(self, model: DiffusionModel, concepts: Sequence[Concept]) -> None:
         if checkpoint := self._checkpoint(model, concepts):
@@ -138,7 +146,7 @@ class Training:
     ) -> None:
         self._settings, self._model, self._originals = settings, model, originals
         self._dtype = model.dtype  # asked now: inside `with_weights` it would be another
-        self._c = model.encode_prompts([concept.prompt for concept in concepts])  # (K, ...)
+        self._c = model.encode_prompts(settings.texts(concepts))  # (K, ...)
         self._unconditional = model.encode_prompts([""])  # (1, ...)
         self.weights = {}  # float32, or wider if the originals are
         for name, weight in originals.items():

@@ -7,8 +7,9 @@ tokens of a text this is said of: see `positions`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -23,7 +24,7 @@ from baselines.closed_form import (
     to_keep,
     updated,
 )
-from cad.checks import check, not_negative, one_of, optional, positive, text, texts
+from cad.checks import check, flag, not_negative, one_of, optional, positive, text, texts
 from cad.concepts import Concept
 from cad.edits import Edit
 from cad.errors import UserError
@@ -44,21 +45,21 @@ class UCE(Edit):
     name: ClassVar[str] = "uce"
     place: ClassVar[str] = "edit"  # where its settings stand in the configuration
 
-    # Read in place of the concept, not put through the templates ("art" for each of "painting by
-    # Van Gogh", "style of Van Gogh", as released).
-    guide: str
-    # Texts to keep, through the templates too, but for those of the erased concepts.
-    preserve: Sequence[str]
+    guide: str  # read in place of the concept
+    preserve: Sequence[str]  # texts to keep, but for those of the erased concepts
     erase_scale: float = 1.0  # s_e of the objective (`closed_form.shared_update`)
-    preserve_scale: float | None = None  # s_p; None: max(0.1, 1 / number of kept texts)
+    preserve_scale: float | None = None  # s_p; None: max(0.1, 1 / kept texts), to three decimals
     regularisation: float = 0.5  # lambda
     positions: str = "from_last"  # see `closed_form.aligned` and `to_keep`
-    templates: Sequence[str] = (CONCEPT,)  # with "{concept}" for the text
+    templates: Sequence[str] = (CONCEPT,)  # for the erased texts, which are their "{concept}"
+    # For "art" and "style of Van Gogh": false reads "art" (earlier releases), true "style of art".
+    expand_guide: bool = False
 
     def __post_init__(self) -> None:
         check(self, self.place, guide=text, preserve=texts, templates=texts)
         check(self, self.place, erase_scale=positive, preserve_scale=optional(not_negative))
         check(self, self.place, regularisation=positive, positions=one_of(POSITIONS))
+        check(self, self.place, expand_guide=flag)
         if not self.templates or not all(CONCEPT in each for each in self.templates):
             raise UserError(
                 f"{self.place}.templates={self.templates} is not allowed: each names {CONCEPT}."
@@ -78,40 +79,45 @@ class UCE(Edit):
         self, model: DiffusionModel, weights: Mapping[str, Tensor], concepts: Sequence[Concept]
     ) -> dict[str, Tensor]:
         """The projections (out, D) after the update, float32. UserError for texts too long."""
-        erased = self._expanded(concept.text for concept in concepts)
+        pairs = self._pairs(concepts)
         kept = self._kept(concepts)
-        encoded = encode(model, [*erased, self.guide, *kept])
-        guide = encoded[self.guide]
-        c, g = zip(*(aligned(encoded[each], guide, self.positions) for each in erased), strict=True)
+        encoded = encode(model, [*chain(*pairs), *kept])
+        c, g = zip(
+            *(aligned(encoded[text], encoded[guide], self.positions) for text, guide in pairs),
+            strict=True,
+        )
         keep = [to_keep(encoded[each], self.positions) for each in kept]
         update = shared_update(
             torch.cat(c),  # (n, D)
             torch.cat(g),  # (n, D)
-            torch.cat([guide.states[:0], *keep]),  # (m, D)
+            torch.cat([c[0][:0], *keep]),  # (m, D)
             self.erase_scale,
             self._preserve_scale(len(kept)),
             self.regularisation,
         )
         return updated(weights, update)
 
-    def _expanded(self, given: Iterable[str]) -> list[str]:
-        """Every text in every template; an empty one alone."""
+    def _pairs(self, concepts: Sequence[Concept]) -> list[tuple[str, str]]:
+        """Every text to erase, in every template, with its guide."""
         return [
-            template.replace(CONCEPT, each)
-            for each in given
-            for template in (self.templates if each.strip() else (CONCEPT,))
+            (
+                template.replace(CONCEPT, concept.text),
+                template.replace(CONCEPT, self.guide) if self.expand_guide else self.guide,
+            )
+            for concept in concepts
+            for template in self.templates
         ]
 
     def _kept(self, concepts: Sequence[Concept]) -> list[str]:
-        """The texts to keep when these concepts are erased, in the templates, each once."""
+        """The texts to keep when these concepts are erased, each once."""
         erased = {concept.text.strip().lower() for concept in concepts}
         kept = [each for each in self.preserve if each.strip().lower() not in erased]
-        return list(dict.fromkeys(self._expanded(kept)))
+        return list(dict.fromkeys(kept))
 
     def _preserve_scale(self, kept: int) -> float:
         if self.preserve_scale is not None:
             return self.preserve_scale
-        return max(0.1, 1 / kept) if kept else 0.0
+        return round(max(0.1, 1 / kept), 3) if kept else 0.0
 
 
 def check_guide(place: str, guide: str, concepts: Sequence[Concept]) -> None:

@@ -1,7 +1,9 @@
 """Where the reference latents of the amplify objective come from (paper Eq. 5, Algorithm 2).
 
 Objects: a few real images per class, as latents in a file or as pictures in a folder. Explicit
-content: images that the unedited model generates for the concept's own prompt.
+content: images that the unedited model generates for the concept's own prompt. As released, images
+are stretched to the model's square, and their latents are drawn from what the autoencoder finds
+likely (not as released: its pixels are in [-1, 1] and generated images' latents are scaled).
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from cad.checks import check, finite, one_of, optional, whole
 from cad.concepts import Concept
 from cad.errors import UserError
 from cad.files import file_digest
@@ -26,6 +29,9 @@ from cad.identity import tensors_digest
 from cad.models.base import DiffusionModel
 from cad.sampling import make_generators, walk
 
+ENCODINGS = ("sample", "mode")  # of the autoencoder's distribution of latents
+FITS = ("stretch", "crop")  # into a square: the whole picture, or its largest centred square
+KEYS = "edit.references"  # where the configuration has these settings
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -77,19 +83,28 @@ class LatentFile(References):
 class ImageFolder(References):
     """The first `count` pictures, by name, of the folder `path`/NAME-OF-CONCEPT.
 
-    The largest centred square is resized to the model's resolution.
+    They are resized to the model's resolution.
     """
 
     path: Path
     count: int = 5  # per class; PROTOCOL: 5
+    fit: str = "stretch"  # one of FITS
+    encoding: str = "sample"  # one of ENCODINGS
+    seed: int = 0  # of sampled latents
+
+    def __post_init__(self) -> None:
+        check(self, KEYS, count=whole(1), fit=one_of(FITS), encoding=one_of(ENCODINGS))
+        check(self, KEYS, seed=whole(0))
 
     def settings(self, concept: Concept) -> Mapping[str, Any]:
         hashes = [file_digest(path) for path in self._files(concept)]
-        return {"source": "image_folder", "sha256": hashes}
+        how = {"fit": self.fit, "encoding": self.encoding, "seed": self.seed}
+        return {"source": "image_folder", "sha256": hashes, **how}
 
     def latents(self, model: DiffusionModel, concept: Concept) -> Tensor:
-        images = [read_image(path, model.resolution) for path in self._files(concept)]
-        return model.encode_images(torch.stack(images))
+        files = self._files(concept)
+        images = [read_image(path, model.resolution, self.fit) for path in files]
+        return _encode(model, torch.stack(images), self.encoding, self.seed)
 
     def _files(self, concept: Concept) -> list[Path]:
         folder = Path(self.path) / concept.name
@@ -104,32 +119,61 @@ class ImageFolder(References):
 
 @dataclass(frozen=True)
 class GeneratedImages(References):
-    """Images that the unedited model draws for the concept's prompt, other ones for each `seed`."""
+    """Images that the unedited model draws for the concept's prompt, other ones for each `seed`.
 
-    count: int = 5
+    `encoding` None keeps the latents as they were drawn, instead of decoding and encoding them.
+    """
+
+    count: int = 50
     steps: int = 50
     guidance: float = 7.5
     seed: int = 0
     kind: str = "default"  # of `DiffusionModel.sampler`: "default" | "ddim"
+    encoding: str | None = "sample"  # one of ENCODINGS
+    batch_size: int = 5  # images at once; changes nothing but float rounding
+
+    def __post_init__(self) -> None:
+        check(self, KEYS, count=whole(1), steps=whole(1), guidance=finite, seed=whole(0))
+        check(self, KEYS, encoding=optional(one_of(ENCODINGS)), batch_size=whole(1))
 
     def settings(self, concept: Concept) -> Mapping[str, Any]:
         return {"source": "generated", "prompt": concept.prompt, **asdict(self)}
 
     def latents(self, model: DiffusionModel, concept: Concept) -> Tensor:
-        c = model.encode_prompts([concept.prompt]).expand(self.count)
-        empty = model.encode_prompts([""]).expand(self.count)
-        sampler = model.sampler(self.steps, self.kind)
-        # A salt of its own for each seed: consecutive seeds would share all images but one.
-        generators = make_generators(range(self.count), salt=f"references-{self.seed}")
-        return walk(model, sampler, generators, c, empty, self.guidance, len(sampler.timesteps))
+        c, empty = model.encode_prompts([concept.prompt]), model.encode_prompts([""])
+        found = []
+        for start in range(0, self.count, self.batch_size):
+            batch = range(start, min(start + self.batch_size, self.count))
+            sampler = model.sampler(self.steps, self.kind)  # one trajectory each
+            # A salt of its own for each seed: consecutive seeds would share all images but one.
+            generators = make_generators(batch, salt=f"references-{self.seed}")
+            prompts = c.expand(len(batch)), empty.expand(len(batch))
+            steps = len(sampler.timesteps)
+            x_0 = walk(model, sampler, generators, *prompts, self.guidance, steps)
+            if self.encoding is not None:
+                x_0 = _encode(model, model.decode_latents(x_0), self.encoding, self.seed, start)
+            found.append(x_0)
+        return torch.cat(found)
 
 
-def read_image(path: Path, resolution: int) -> Tensor:
-    """A picture's largest centred square, (3, resolution, resolution) float32 in [0, 1]."""
+def _encode(
+    model: DiffusionModel, images: Tensor, encoding: str, seed: int, start: int = 0
+) -> Tensor:
+    """The images (N, 3, H, W), numbers start .. start + N - 1 of theirs, as latents."""
+    if encoding == "mode":
+        return model.encode_images(images)
+    numbers = range(start, start + len(images))
+    return model.encode_images(images, make_generators(numbers, salt=f"references-vae-{seed}"))
+
+
+def read_image(path: Path, resolution: int, fit: str) -> Tensor:
+    """A picture as a square, as `fit` says, (3, resolution, resolution) float32 in [0, 1]."""
     with Image.open(path) as image:
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        square = image.convert("RGB").crop((left, top, left + side, top + side))
-    square = square.resize((resolution, resolution), Image.Resampling.BICUBIC)
+        square = image.convert("RGB")
+    if fit == "crop":
+        side = min(square.size)
+        left, top = (square.width - side) // 2, (square.height - side) // 2
+        square = square.crop((left, top, left + side, top + side))
+    square = square.resize((resolution, resolution), Image.Resampling.BILINEAR)
     pixels = torch.from_numpy(np.array(square))  # (H, W, 3) uint8
     return pixels.permute(2, 0, 1).float() / 255

@@ -1,6 +1,8 @@
 """Where the erase objective is evaluated: the states x_t that sampling a concept passes.
 
-`restart` is the released setting: for every timestep fresh noise, and the steps before it again.
+`released` is the authors' estimator: for every timestep t fresh noise, and the steps up to and with
+t's own, so that t meets latents one step cleaner than it says, at the end the image itself.
+`restart` does the same, but stops before t's step, at the x_t that t belongs to.
 `shared` walks once and passes every x_t on its way; the conditional prediction that guides the
 sampler is the very one that the objective differentiates. Its x_t are correlated, which noise at
 every step (eta = 1) and several samples make up for at a fraction of the cost.
@@ -19,7 +21,7 @@ from cad.models.base import DiffusionModel
 from cad.models.conditioning import Conditioning
 from cad.sampling import draw_noise, guide, make_generators, walk
 
-TRAJECTORIES = ("shared", "restart")
+TRAJECTORIES = ("shared", "restart", "released")
 KEYS = "edit.attribution"  # where the configuration has these settings
 
 
@@ -35,7 +37,7 @@ class NoisePlan:
     samples: int = 16  # trajectories, or noises per reference image; J is their mean
     guidance: float = 3.0  # classifier-free guidance on the way to x_t
     eta: float | None = 1.0  # fresh noise per DDIM step, 0 to 1; None: 1 if the sampler can, else 0
-    trajectory: str = "shared"  # "shared" | "restart"
+    trajectory: str = "shared"  # one of TRAJECTORIES
     seed: int = 0
     batch_size: int = 16  # samples evaluated at once
 
@@ -89,10 +91,11 @@ def _shared(
 def _restarted(
     model: DiffusionModel, plan: NoisePlan, samples: range, c: Conditioning, empty: Conditioning
 ) -> Iterator[Visit]:
+    beyond = 1 if plan.trajectory == "released" else 0  # steps past the one before t's
     for index in range(plan.steps):
         sampler = model.sampler(plan.steps, "ddim", plan.eta)
         generators = make_generators(samples, salt=f"attribution-{plan.seed}-{index}")
-        x_t = walk(model, sampler, generators, c, empty, plan.guidance, steps=index)
+        x_t = walk(model, sampler, generators, c, empty, plan.guidance, steps=index + beyond)
         t = sampler.timesteps[index]
         yield _visit(model, sampler.scale(x_t, t), t, c, empty)
 

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from cad.checks import one_of
 from cad.errors import UserError
@@ -200,8 +200,13 @@ class DiffusionModel(ABC):
         """
 
     @abstractmethod
-    def encode_images(self, images: Tensor) -> Tensor:
-        """Images (N, 3, H, W) in [0, 1] -> scaled latents x_0 (N, C, h, w), without sampling."""
+    def encode_images(
+        self, images: Tensor, generators: Sequence[Generator] | None = None
+    ) -> Tensor:
+        """Images (N, 3, H, W) in [0, 1] -> scaled latents x_0 (N, C, h, w).
+
+        The most likely ones; with N generators, drawn from the autoencoder's distribution.
+        """
 
     @abstractmethod
     def decode_latents(self, x_0: Tensor) -> Tensor:

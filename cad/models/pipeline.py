@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from cad.checks import one_of
 from cad.errors import UserError
@@ -17,7 +17,7 @@ from cad.identity import digest, parameter_digest
 from cad.models.base import DiffusionModel, Origin
 from cad.models.conditioning import TextEncoder, TokenSpace, visiting
 from cad.models.hub import Located
-from cad.models.sampler import Sampler
+from cad.models.sampler import Sampler, draw
 
 SPARE_ROWS = 127  # T5's word vectors are padded to a multiple of 128
 SAVING_NOTES = ("architectures", "dtype", "transformers_version")
@@ -145,10 +145,15 @@ class PipelineModel(DiffusionModel):
         return Sampler(type(template).from_config(template.config), steps, self.device, eta)
 
     @torch.no_grad()
-    def encode_images(self, images: Tensor) -> Tensor:
+    def encode_images(
+        self, images: Tensor, generators: Sequence[Generator] | None = None
+    ) -> Tensor:
         pixels = 2 * images.to(self.device, self.vae.dtype) - 1  # (N, 3, H, W) in [-1, 1]
         with visiting(self.vae, self.device):
-            latents: Tensor = self.vae.encode(pixels).latent_dist.mode()  # (N, C, h, w)
+            found = self.vae.encode(pixels).latent_dist
+        latents: Tensor = found.mode()  # (N, C, h, w)
+        if generators is not None:
+            latents = latents + found.std * draw(latents.shape[1:], generators).to(latents)
         return ((latents - self._shift) * float(self.vae.config.scaling_factor)).to(self.dtype)
 
     @torch.no_grad()

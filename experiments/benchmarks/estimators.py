@@ -5,7 +5,8 @@
 
 Every trial is an attribution with a seed of its own, compared with references of many samples:
 Spearman's rank correlation of all scores, and the share of the reference's mask at the default
-ratio that the trial chooses too. `restart`, deterministic, is the released estimator; `shared`
+ratio that the trial chooses too. `restart`, deterministic, is the released estimator but for
+its pairing (`cad.trajectories`), which costs one guided step more for every timestep; `shared`
 walks once through every timestep. Trials take turns, round by round, so that other load on the
 machine meets them all.
 
@@ -141,8 +142,8 @@ def flop_counter(
     state, guided = two - one, count(2, "restart") - two
 
     def flops(whole: Attribution) -> float:
-        restarted = whole.trajectory == "restart"
-        walked = whole.steps * (whole.steps - 1) // 2 if restarted else 0
+        beyond = {"restart": -1, "released": 1}.get(whole.trajectory)
+        walked = 0 if beyond is None else whole.steps * (whole.steps + beyond) // 2
         return one - state + whole.samples * (whole.steps * state + walked * guided)
 
     return flops

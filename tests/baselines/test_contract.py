@@ -17,7 +17,7 @@ from cad.errors import UserError
 from cad.identity import parameter_digest
 
 NAN, INF = float("nan"), float("inf")
-START = StartingUCE(" ", ["tench"], regularisation=0.1)
+START = StartingUCE(" ", ["tench"])
 PAIRS = {"base_template": "a {filler}", "concept_template": "{concept} {filler}"}
 PAIRS |= {"fillers": ["day", "hut"], "steps": 10, "first_steps": 2, "guidance": 3.0}
 METHODS: dict[str, tuple[type, dict[str, Any]]] = {
@@ -28,12 +28,14 @@ METHODS: dict[str, tuple[type, dict[str, Any]]] = {
 }
 OTHERS = [  # settings that make another edit
     ("concept_prune", {"seed": 1}, {"steps": 11}, {"fillers": ["day"]}, {"majority": 0.25}),
-    ("esd", {"seed": 1}, {"lr": 1.0}, {"steps": 4}, {"accumulation": 2}),
+    ("concept_prune", {"record": "prompted"}, {"noise": "own"}, {"kind": "ddim"}),
+    ("esd", {"seed": 1}, {"lr": 1.0}, {"steps": 4}, {"accumulation": 2}, {"trained_on": "prompt"}),
     ("rece", {"uce": StartingUCE(" ", [])}, {"epochs": 2}, {"regularisation": 1e-3}),
     ("rece", {"update_regularisation": 0.5}, {"preserve_scale": 1}, {"guide": "art"}),
     ("rece", {"skip_if_erased": True}, {"erased_threshold": 0.7}),
     ("uce", {"guide": "art"}, {"preserve": []}, {"erase_scale": 2}, {"regularisation": 0.1}),
     ("uce", {"positions": "last"}, {"templates": ["image of {concept}"]}),
+    ("uce", {"expand_guide": True}),
 ]
 SAME = [  # settings that make the same edit
     ("concept_prune", {"guidance": 3}),
@@ -52,7 +54,10 @@ BAD: list[tuple[str, str, list[Any]]] = [
     ("concept_prune", "steps", [2.5]),
     ("concept_prune", "batch_size", [0, True]),
     ("concept_prune", "seed", [-1]),
+    ("concept_prune", "record", ["base"]),
+    ("concept_prune", "noise", [None]),
     ("esd", "parameters", ["lora"]),
+    ("esd", "trained_on", ["base_prompt"]),
     ("esd", "iterations", [0, 1.5]),
     ("esd", "steps", [0]),
     ("esd", "batch_size", [0]),
@@ -77,6 +82,7 @@ BAD: list[tuple[str, str, list[Any]]] = [
     ("uce", "regularisation", [0, INF, True]),
     ("uce", "positions", ["all"]),
     ("uce", "templates", [[], ["image of"]]),
+    ("uce", "expand_guide", [1]),
 ]
 
 

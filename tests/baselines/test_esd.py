@@ -7,16 +7,18 @@ import logging
 from typing import Any
 
 import pytest
+import readings
 import torch
 
 from baselines.checkpoint import Checkpoint
 from baselines.esd import ESD, Training, trained_weights, walk_apart, with_weights
+from cad.concepts import Concept
 from cad.edits import make_edit
 from cad.errors import UserError
 from cad.identity import parameter_digest
 from cad.instrument import Cost, measure
 from cad.models.stable_diffusion import StableDiffusionModel
-from cad.sampling import draw_noise, make_generators, walk
+from cad.sampling import make_generators, walk
 from cad.store import Store
 from cad.weight_edit import NO_EDIT
 
@@ -27,21 +29,29 @@ def esd(**settings):
     return ESD(**SETTINGS | settings)
 
 
-def test_one_iteration_by_hand(tiny_model, church):
-    """With one sampler step x_t is the noise itself; Adam's first step is lr g / (|g| + 1e-8)."""
-    method = esd(iterations=1, steps=1, negative_guidance=2.0, seed=5)
-    made = method.make(tiny_model, [church])
-    (generator,) = make_generators([0], salt="esd-5-0")
-    for end in (method.steps, 1):  # the step and the concept are drawn before the noise
-        torch.randint(end, (1,), generator=generator)
-    x_t, t = draw_noise(tiny_model, [generator]), tiny_model.sampler(1, "ddim").timesteps[0]
-    c, empty = tiny_model.encode_prompts([church.prompt]), tiny_model.encode_prompts([""])
+@pytest.mark.parametrize("trained_on", ["text", "prompt"])
+@pytest.mark.parametrize("seed", [0, 5])
+def test_one_iteration_is_as_published(trained_on, seed, tiny_model):
+    """On the word itself, or the prompt; Adam's first step is lr g / (|g| + 1e-8)."""
+    nudity = Concept("nudity", "explicit", "nudity", "naked")
+    chosen = {} if trained_on == "text" else {"trained_on": "prompt"}  # the text is the default
+    method = esd(iterations=1, negative_guidance=2.0, seed=seed, **chosen)
+    made = method.make(tiny_model, [nudity])
+    (generator,) = make_generators([0], salt=f"esd-{seed}-0")
+    stop = int(torch.randint(method.steps, (1,), generator=generator))
+    torch.randint(1, (1,), generator=generator)  # the concept is drawn before the noise
+    noise = torch.randn(1, *tiny_model.latent_shape, generator=generator)
+    assert stop == {0: 2, 5: 1}[seed]
+    word = {"text": "nudity", "prompt": "naked"}[trained_on]
+    x_t = readings.walked(tiny_model, noise, word, 3.0, method.steps, stop)
+    t = readings.ddim(tiny_model, method.steps).timesteps[stop]
+    c, empty = (readings.embed(tiny_model, text)[0].float()[None] for text in (word, ""))
     with torch.no_grad():
-        phi_c, phi_0 = tiny_model.predict(x_t, t, c), tiny_model.predict(x_t, t, empty)
-    weights = trained_weights(tiny_model, "xattn")
-    for weight in weights.values():
-        weight.requires_grad_(True)
-    loss = (tiny_model.predict(x_t, t, c) - (phi_0 - 2.0 * (phi_c - phi_0))).square().mean()
+        phi_c, phi_0 = (tiny_model.denoiser(x_t, t, each).sample for each in (c, empty))
+    named = tiny_model.denoiser.named_parameters()
+    weights = {name: weight.requires_grad_() for name, weight in named if ".attn2." in name}
+    erased = phi_0 - 2.0 * (phi_c - phi_0)
+    loss = (tiny_model.denoiser(x_t, t, c).sample - erased).square().mean()
     gradients = torch.autograd.grad(loss, list(weights.values()))
     assert list(made.history) == [{"step": 1, "loss": pytest.approx(loss.item(), rel=1e-4)}]
     for (name, weight), gradient in zip(weights.items(), gradients, strict=True):

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import pytest
+import readings
 import torch
 
 from baselines.closed_form import Text, adversarial_map
 from baselines.rece import RECE, StartingUCE, unreached
 from baselines.uce import UCE
-from cad.components import text_projections
 from cad.errors import UserError
 
 OUT, WIDTH = 3, 6
-START = StartingUCE(" ", ["tench"], regularisation=0.1)
+START = StartingUCE(" ", ["tench"])
 
 
 def layers(seed, count=4):
@@ -44,43 +44,26 @@ def test_unreached_is_a_share_without_a_scale():
 
 def test_no_epochs_are_uce(tiny_model, church):
     made = RECE(START, 0, 0.1)(tiny_model, church)
-    assert made.fingerprint == START(tiny_model, church).fingerprint
+    assert made.fingerprint == UCE(" ", ["tench"])(tiny_model, church).fingerprint
     assert made.history == ()
 
 
-def states(model, text):
-    return model.encode_prompts([text]).tensors["states"][0].double()  # (L, D)
-
-
-def rounds_by_inverse(model, concepts, epochs, near):
-    """UCE's weights, then `epochs` rounds as the paper writes them, with inverses, in float64."""
-    original = {name: weight.double() for name, weight in text_projections(model).items()}
-    start = START.make(model, concepts).changes
-    weights = {name: change.tensor.double() for name, change in start.items()}
-    identity = torch.eye(32, dtype=torch.float64)
-    guide = states(model, " ")
-    for _ in range(epochs):
-        system = near * identity + sum(v.T @ v for v in weights.values())
-        crossed = sum(v.T @ original[name] for name, v in weights.items())
-        recover = torch.linalg.inv(system) @ crossed
-        found = [states(model, each.text) @ recover.T for each in concepts]
-        pairs = len(concepts)
-        right = 0.1 * identity + sum(c.T @ c for c in found) + 0.1 * pairs * guide.T @ guide
-        inputs = sum(guide.T @ c for c in found) + 0.1 * pairs * guide.T @ guide
-        inverse = torch.linalg.inv(right)
-        weights = {n: (v @ inputs + 0.1 * v) @ inverse for n, v in weights.items()}
-    return weights
-
-
-@pytest.mark.parametrize(("epochs", "near"), [(1, 1e-3), (2, 0.1)])
-def test_rounds_agree_with_the_explicit_inverse(epochs, near, tiny_model, church, parachute):
+@pytest.mark.parametrize(("epochs", "near"), [(0, 0.1), (1, 1e-3), (2, 0.1)])
+def test_start_and_rounds_are_as_published(epochs, near, tiny_model, church, parachute):
+    """UCE with lambda 0.5, then rounds with 0.1: to 1e-3 of a weight, or 1e-4 of a small one."""
     made = RECE(START, epochs, near)(tiny_model, church, parachute)
-    expected = rounds_by_inverse(tiny_model, (church, parachute), epochs, near)
-    assert list(made.changes) == list(text_projections(tiny_model))
+    original = readings.projections(tiny_model)
+    pairs = [readings.from_last(tiny_model, text, " ") for text in ("church", "parachute")]
+    kept, guide, *concepts = (
+        readings.embed(tiny_model, text)[0] for text in ("tench", " ", "church", "parachute")
+    )
+    expected = readings.uce(original, pairs, [kept], (1.0, 1.0, 0.5))
+    for _ in range(epochs):
+        expected = readings.rece(expected, original, concepts, guide, near)
+    assert made.changes.keys() == expected.keys()
     for name, change in made.changes.items():
-        torch.testing.assert_close(
-            change.tensor, expected[name].float(), rtol=1e-3, atol=1e-4, msg=name
-        )
+        weight = expected[name].float()
+        torch.testing.assert_close(change.tensor, weight, rtol=1e-3, atol=1e-4, msg=name)
     assert [record["step"] for record in made.history] == list(range(epochs))
     assert all(record["residual"] >= 0 for record in made.history)
     assert made.cost.seconds > 0

@@ -63,28 +63,60 @@ def test_reference_latents_from_a_file(tiny_model, church, parachute, tmp_path):
         LatentFile(path).settings(church)
 
 
+def whole_picture(folder):
+    """The first picture, all of it, as 64 x 64 pixels in [0, 1], (1, 3, 64, 64)."""
+    with Image.open(folder / "church" / "a.png") as image:
+        pixels = np.array(image.resize((64, 64), Image.Resampling.BILINEAR))
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
+
+
 def test_reference_images_from_a_folder(tiny_model, church, tmp_path):
     (tmp_path / "church").mkdir()
     pixels = np.zeros((70, 100, 3), np.uint8)
     pixels[:, 15:85] = 200  # the centred square
     for name in ("a.png", "b.png"):
         Image.fromarray(pixels).save(tmp_path / "church" / name)
-    image = read_image(tmp_path / "church" / "a.png", 64)
+    image = read_image(tmp_path / "church" / "a.png", 64, "crop")
     assert image.shape == (3, 64, 64)
     torch.testing.assert_close(image, torch.full((3, 64, 64), 200 / 255))
+    whole = read_image(tmp_path / "church" / "a.png", 100, "stretch")  # 15 columns each side stay
+    assert whole[:, :, :14].max() == whole[:, :, 86:].max() == 0
+    assert whole[:, :, 16:84].min() == 200 / 255
     folder = ImageFolder(tmp_path, count=2)
     assert len(folder.settings(church)["sha256"]) == 2
-    assert folder.latents(tiny_model, church).shape == (2, *tiny_model.latent_shape)
+    sampled = folder.latents(tiny_model, church)
+    assert sampled.shape == (2, *tiny_model.latent_shape)
+    assert torch.equal(sampled, folder.latents(tiny_model, church))
+    assert not torch.equal(sampled[0], sampled[1])  # the same picture twice
+    assert not torch.equal(sampled, ImageFolder(tmp_path, 2, seed=1).latents(tiny_model, church))
+    posterior = tiny_model.vae.encode(2 * whole_picture(tmp_path) - 1).latent_dist
+    scale = tiny_model.vae.config.scaling_factor  # [-1, 1] and the factor, which are not released
+    mode = ImageFolder(tmp_path, count=2, encoding="mode").latents(tiny_model, church)
+    torch.testing.assert_close(mode, (scale * posterior.mean).expand_as(mode))
+    drawn = (sampled - mode) / (scale * posterior.std)
+    assert 0.8 < drawn.std() < 1.2
+    for key, bad in (("fit", "pad"), ("encoding", None), ("count", 0)):
+        with pytest.raises(UserError, match=rf"edit\.references\.{key}="):
+            ImageFolder(tmp_path, **{key: bad})
     with pytest.raises(UserError, match=r"needs 3 reference pictures.*there are 2"):
         ImageFolder(tmp_path, count=3).settings(church)
 
 
 def test_generated_references(tiny_model, church):
-    references = GeneratedImages(count=2, steps=1)
+    references = GeneratedImages(count=3, steps=1, encoding=None)
     latents = references.latents(tiny_model, church)
-    assert latents.shape == (2, *tiny_model.latent_shape)
+    assert latents.shape == (3, *tiny_model.latent_shape)
+    batched = GeneratedImages(count=3, steps=1, encoding=None, batch_size=2)
+    torch.testing.assert_close(batched.latents(tiny_model, church), latents)
+    images = tiny_model.decode_latents(latents)
+    again = GeneratedImages(count=3, steps=1, encoding="mode").latents(tiny_model, church)
+    torch.testing.assert_close(again, tiny_model.encode_images(images))
+    sampled = GeneratedImages(count=3, steps=1).latents(tiny_model, church)
+    assert not torch.equal(sampled, again)
+    apart = GeneratedImages(count=3, steps=1, batch_size=2).latents(tiny_model, church)
+    torch.testing.assert_close(apart, sampled, rtol=1e-4, atol=1e-5)
     assert references.settings(church)["prompt"] == "church"
-    other = GeneratedImages(count=2, steps=1, seed=1).latents(tiny_model, church)
+    other = GeneratedImages(count=2, steps=1, seed=1, encoding=None).latents(tiny_model, church)
     assert not any(torch.equal(mine, theirs) for mine in latents for theirs in other)
     with pytest.raises(UserError, match="allowed: default, ddim"):
         GeneratedImages(count=2, steps=1, kind="heun").latents(tiny_model, church)

@@ -30,7 +30,7 @@ SMALL = (
     "rounds=2",
     "model.attribution.steps=2",
     "model.attribution.batch_size=2",
-    "references.released.samples=3",
+    "references.deterministic.samples=3",
     "references.stochastic.samples=3",
     "~estimators.shared_deterministic",
     "~estimators.shared_25_steps",
@@ -57,7 +57,7 @@ def test_trials_are_measured_in_turns_and_kept(
     for row in first:
         assert not row["cached"]
         assert row["seconds"] > 0
-        assert -1 <= row["rank_correlation.released"] <= 1
+        assert -1 <= row["rank_correlation.deterministic"] <= 1
         assert 0 <= row["mask_overlap.stochastic"] <= 1
     assert all(row["cached"] for row in again)
     assert [row["seconds"] for row in again] == [row["seconds"] for row in first]
