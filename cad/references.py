@@ -77,27 +77,35 @@ class LatentFile(References):
 class ImageFolder(References):
     """The first `count` pictures, by name, of the folder `path`/NAME-OF-CONCEPT.
 
-    The largest centred square is resized to the model's resolution.
+    The largest centred square is resized to the model's resolution. `verify` is for who runs the
+    edit: refuse pictures that a classifier does not call by the concept's name.
     """
 
     path: Path
     count: int = 5  # per class; PROTOCOL: 5
+    verify: bool = True
 
     def settings(self, concept: Concept) -> Mapping[str, Any]:
         hashes = [file_digest(path) for path in self._files(concept)]
         return {"source": "image_folder", "sha256": hashes}
 
     def latents(self, model: DiffusionModel, concept: Concept) -> Tensor:
-        images = [read_image(path, model.resolution) for path in self._files(concept)]
-        return model.encode_images(torch.stack(images))
+        pictures = list(self.pictures(concept, model.resolution).values())
+        return model.encode_images(torch.stack(pictures))
+
+    def pictures(self, concept: Concept, resolution: int) -> dict[Path, Tensor]:
+        """The pictures as `read_image` has them. UserError if there are too few, or one is bad."""
+        return {path: read_image(path, resolution) for path in self._files(concept)}
 
     def _files(self, concept: Concept) -> list[Path]:
         folder = Path(self.path) / concept.name
         files = sorted(p for p in folder.glob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
         if len(files) < self.count:
             raise UserError(
-                f"concept={concept.name} needs {self.count} reference pictures in {folder} "
-                f"({', '.join(IMAGE_SUFFIXES)}); there are {len(files)}."
+                f"concept={concept.name} needs {self.count} photographs of it in {folder} "
+                f"({', '.join(IMAGE_SUFFIXES)}); there are {len(files)}. Put them there, or name "
+                f"the folder that has {concept.name}/ with model.references.object.path=DIR; the "
+                "paper took images of ImageNet that its classifier gets right."
             )
         return files[: self.count]
 
@@ -125,11 +133,17 @@ class GeneratedImages(References):
 
 
 def read_image(path: Path, resolution: int) -> Tensor:
-    """A picture's largest centred square, (3, resolution, resolution) float32 in [0, 1]."""
-    with Image.open(path) as image:
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        square = image.convert("RGB").crop((left, top, left + side, top + side))
+    """A picture's largest centred square, (3, resolution, resolution) float32 in [0, 1].
+
+    Raises UserError for a file that is no picture.
+    """
+    try:
+        with Image.open(path) as image:
+            side = min(image.size)
+            left, top = (image.width - side) // 2, (image.height - side) // 2
+            square = image.convert("RGB").crop((left, top, left + side, top + side))
+    except OSError as error:
+        raise UserError(f"the reference picture {path} cannot be read: {error}.") from error
     square = square.resize((resolution, resolution), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(square))  # (H, W, 3) uint8
     return pixels.permute(2, 0, 1).float() / 255

@@ -76,8 +76,11 @@ def test_reference_images_from_a_folder(tiny_model, church, tmp_path):
     folder = ImageFolder(tmp_path, count=2)
     assert len(folder.settings(church)["sha256"]) == 2
     assert folder.latents(tiny_model, church).shape == (2, *tiny_model.latent_shape)
-    with pytest.raises(UserError, match=r"needs 3 reference pictures.*there are 2"):
+    with pytest.raises(UserError, match=r"needs 3 photographs.*there are 2.*references\.object"):
         ImageFolder(tmp_path, count=3).settings(church)
+    (tmp_path / "church" / "a.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"a\.png cannot be read"):
+        folder.pictures(church, 64)
 
 
 def test_generated_references(tiny_model, church):
