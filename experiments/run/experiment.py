@@ -37,16 +37,23 @@ from evaluation.sampler import Engine, SamplerSettings
 from experiments.run.aggregation import Images, evaluate
 from experiments.run.configuration import build, check, settle
 from experiments.run.environment import describe_environment
+from experiments.run.photographs import check_photographs
 from experiments.run.pictures import Mask, before_after, loss_curve
 from experiments.run.prompts import ATTACKED, Prompts, needed_prompts, read_prompts
 from experiments.run.rendering import Tracker, result_table, show_result, title, to_markdown
-from experiments.run.results import ResultFolder, read_json, write_json, write_lines, write_records
+from experiments.run.results import (
+    EDIT,
+    ResultFolder,
+    read_json,
+    write_json,
+    write_lines,
+    write_records,
+)
 
 if TYPE_CHECKING:
     from experiments.run.attacking import AttackPlan
 
 VERSION = 4  # raise it when equal parts give another result
-EDIT = "edit.safetensors"
 COST = "cost.json"
 HISTORY = "history.jsonl"
 EFFECTS = "effects.csv"
@@ -141,21 +148,32 @@ def prepare(cfg: DictConfig) -> Experiment:
     return experiment
 
 
-def run(experiment: Experiment) -> Path:
-    """Run the experiment unless it is finished, mirror it to the tracker, show it.
+def run(experiment: Experiment, group: str | None = None) -> Path:
+    """Run the experiment unless it is finished, followed by the tracker, and show it.
 
-    Returns the result's folder. Waits for another process that runs the same; goes on where an
-    earlier attempt stopped. Raises UserError, before any work, for what is missing or misfits.
+    `group` is the name of the sweep or table that it belongs to, for the tracker. Returns the
+    result's folder. Waits for another process that runs the same; goes on where an earlier attempt
+    stopped. Raises UserError, before any work, for what is missing or misfits.
     """
     folder = experiment.folder
     with folder.locked(), logging_redirect_tqdm():
         reused = folder.is_complete()
-        if not reused:
-            _make(experiment, folder.open())
-            folder.close()
-        experiment.tracker.log(folder.final)
+        with experiment.tracker.follow(folder, _describe_work(experiment, group)):
+            if not reused:
+                _make(experiment, folder.open())
+                folder.close()
     show_result(folder.final, reused=reused)
     return folder.final
+
+
+def _describe_work(experiment: Experiment, group: str | None) -> dict[str, Any]:
+    """What `Tracker.follow` is told."""
+    return {
+        "config": OmegaConf.to_container(experiment.cfg, resolve=True),
+        "group": group,
+        "job_type": experiment.method.name,
+        "tags": [experiment.model.name, *experiment.targets],
+    }
 
 
 def _make(experiment: Experiment, work: Path) -> None:
@@ -250,6 +268,8 @@ def _check_loaded(experiment: Experiment, model: DiffusionModel, prompts: Prompt
         except UserError as error:
             other = "Other evaluators judge any images: evaluator=[lpips,clip_score]"
             raise UserError(f"{str(error).rstrip('.')}. {other}") from error
+    given = experiment.method, experiment.concepts, experiment.evaluators
+    check_photographs(*given, model.resolution)
     if experiment.attacks is not None:
         experiment.attacks.check(model, prompts[ATTACKED])
     gc.collect()

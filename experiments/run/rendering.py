@@ -5,7 +5,8 @@ Cells are formatted here and nowhere else, so all of them show the same digits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,26 @@ from rich.table import Table
 
 from cad.models.base import RANDOM
 from experiments.run.aggregation import MEAN
-from experiments.run.results import read_json
+from experiments.run.results import ResultFolder, read_json
 
 DASH = "–"  # nothing was measured
 
 
 class Tracker:
-    """Shows a finished result elsewhere; this one nowhere.
+    """Shows results elsewhere, from the beginning of the work; this one nowhere.
 
     It changes none of the result's files. What keeps it from its work is logged, not raised: a run
     does not fail because of it.
     """
 
-    def log(self, folder: Path) -> None:
-        """Mirror the result in `folder`, unless that was done before."""
+    @contextmanager
+    def follow(self, result: ResultFolder, about: Mapping[str, Any]) -> Iterator[None]:
+        """Mirror the result that is there when the block ends, unless that was done before.
+
+        `about` the run: its "config", "group" (a sweep's or table's name, or None), "job_type" (the
+        edit's name) and "tags".
+        """
+        yield
 
     def log_item(
         self,
@@ -36,12 +43,10 @@ class Tracker:
         panels: Mapping[str, pd.DataFrame],
         notes: Sequence[str],
         paths: Mapping[str, Path],
-        folder: Path,
     ) -> None:
         """Mirror a table or figure of the paper at every call: its panels by heading, its files.
 
-        `paths` has the files by ending: its page "html", a figure's picture "png". The tracker's
-        own files go into `folder`.
+        `paths` has the files by ending: its page "html", a figure's picture "png".
         """
 
 

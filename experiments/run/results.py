@@ -44,6 +44,7 @@ from evaluation.evaluators.base import Record
 from evaluation.image_sets import TEMPORARY_FILES
 
 MANIFEST = "manifest.json"
+EDIT = "edit.safetensors"
 RECORDS = "records.jsonl"
 ARRAYS = "arrays.safetensors"
 UNFINISHED = ".unfinished"
