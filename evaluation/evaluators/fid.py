@@ -81,8 +81,8 @@ class FID(Evaluator):
 class FrechetDistance:
     """|m - m_r|^2 + tr(S + S_r - 2 (S_r^1/2 S S_r^1/2)^1/2) between features and real ones.
 
-    The root's trace is that of (S S_r)^1/2, but S S_r is not symmetric: its eigenvalues take four
-    times as long and come out complex. S_r^1/2 is found once.
+    The root's trace is that of (S S_r)^1/2, but S S_r is not symmetric: its eigenvalues take longer
+    and come out complex. S_r^1/2 is found once.
     """
 
     def __init__(self, real: FeatureStatistics) -> None:

@@ -99,6 +99,7 @@ class WandbTracker(Tracker):
             return None
         os.environ["WANDB_SILENT"] = "true"
         os.environ["WANDB_DATA_DIR"] = str(self.folder / "wandb")  # else staged files go home
+        run: wandb.Run | None = None
         with harmless(told["name"]):
             import wandb
 
@@ -114,11 +115,11 @@ class WandbTracker(Tracker):
                 **told,
             )
             try:
-                return start(mode="online" if self._is_online() else "offline")
+                run = start(mode="online" if self._is_online() else "offline")
             except wandb.errors.Error as error:
                 logger.warning("W&B cannot be reached, logging offline (%s)", error)
-                return start(mode="offline")
-        return None
+                run = start(mode="offline")
+        return run
 
     def _is_online(self) -> bool:
         wish = os.environ.get("WANDB_MODE", "auto") if self.mode == "auto" else self.mode
@@ -127,12 +128,14 @@ class WandbTracker(Tracker):
 
 def _send(run: wandb.Run, name: str, send: Callable[[wandb.Run], None]) -> bool:
     """Send what is to be seen and end the run. Returns whether all of it was sent."""
+    sent = False
     with harmless(name):
         send(run)
         run.finish()
-        return True
-    _end(run, name, exit_code=1)
-    return False
+        sent = True
+    if not sent:
+        _end(run, name, exit_code=1)
+    return sent
 
 
 def _end(run: wandb.Run, name: str, exit_code: int) -> None:
