@@ -8,6 +8,7 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from experiments.run.command_line import exit_status
@@ -29,7 +30,8 @@ def main(cfg: DictConfig) -> Path | None:
         return None
     from experiments.run.experiment import prepare, run  # imports PyTorch, as --help need not
 
-    return run(prepare(cfg))
+    is_sweep = job.mode == RunMode.MULTIRUN
+    return run(prepare(cfg), f"sweep-{Path(job.sweep.dir).name}" if is_sweep else None)
 
 
 if __name__ == "__main__":

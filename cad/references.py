@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cad.checks import check, finite, one_of, optional, whole
+from cad.checks import check, finite, flag, one_of, optional, whole
 from cad.concepts import Concept
 from cad.errors import UserError
 from cad.files import file_digest
@@ -83,7 +83,8 @@ class LatentFile(References):
 class ImageFolder(References):
     """The first `count` pictures, by name, of the folder `path`/NAME-OF-CONCEPT.
 
-    They are resized to the model's resolution.
+    They are resized to the model's resolution. `verify` is for who runs the edit: refuse pictures
+    that a classifier does not call by the concept's name.
     """
 
     path: Path
@@ -91,10 +92,11 @@ class ImageFolder(References):
     fit: str = "stretch"  # one of FITS
     encoding: str = "sample"  # one of ENCODINGS
     seed: int = 0  # of sampled latents
+    verify: bool = True
 
     def __post_init__(self) -> None:
         check(self, KEYS, count=whole(1), fit=one_of(FITS), encoding=one_of(ENCODINGS))
-        check(self, KEYS, seed=whole(0))
+        check(self, KEYS, seed=whole(0), verify=flag)
 
     def settings(self, concept: Concept) -> Mapping[str, Any]:
         hashes = [file_digest(path) for path in self._files(concept)]
@@ -102,17 +104,22 @@ class ImageFolder(References):
         return {"source": "image_folder", "sha256": hashes, **how}
 
     def latents(self, model: DiffusionModel, concept: Concept) -> Tensor:
-        files = self._files(concept)
-        images = [read_image(path, model.resolution, self.fit) for path in files]
-        return _encode(model, torch.stack(images), self.encoding, self.seed)
+        pictures = list(self.pictures(concept, model.resolution).values())
+        return _encode(model, torch.stack(pictures), self.encoding, self.seed)
+
+    def pictures(self, concept: Concept, resolution: int) -> dict[Path, Tensor]:
+        """The pictures as `read_image` has them. UserError if there are too few, or one is bad."""
+        return {path: read_image(path, resolution, self.fit) for path in self._files(concept)}
 
     def _files(self, concept: Concept) -> list[Path]:
         folder = Path(self.path) / concept.name
         files = sorted(p for p in folder.glob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
         if len(files) < self.count:
             raise UserError(
-                f"concept={concept.name} needs {self.count} reference pictures in {folder} "
-                f"({', '.join(IMAGE_SUFFIXES)}); there are {len(files)}."
+                f"concept={concept.name} needs {self.count} photographs of it in {folder} "
+                f"({', '.join(IMAGE_SUFFIXES)}); there are {len(files)}. Put them there, or name "
+                f"the folder that has {concept.name}/ with model.references.object.path=DIR; the "
+                "paper took images of ImageNet that its classifier gets right."
             )
         return files[: self.count]
 
@@ -167,9 +174,15 @@ def _encode(
 
 
 def read_image(path: Path, resolution: int, fit: str) -> Tensor:
-    """A picture as a square, as `fit` says, (3, resolution, resolution) float32 in [0, 1]."""
-    with Image.open(path) as image:
-        square = image.convert("RGB")
+    """A picture as a square, as `fit` says, (3, resolution, resolution) float32 in [0, 1].
+
+    Raises UserError for a file that is no picture.
+    """
+    try:
+        with Image.open(path) as image:
+            square = image.convert("RGB")
+    except OSError as error:
+        raise UserError(f"the reference picture {path} cannot be read: {error}.") from error
     if fit == "crop":
         side = min(square.size)
         left, top = (square.width - side) // 2, (square.height - side) // 2

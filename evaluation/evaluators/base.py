@@ -244,11 +244,13 @@ class Download:
     size_mb: int
     algorithm: str = "sha256"  # or md5, for what was published with nothing better
     instead: str = "use model=mini, which needs no download"
+    saved_as: str | None = None  # its name here, where the URL's says too little
 
     @property
     def path(self) -> Path:
         """Its place in torch's cache, where torchvision too would look for it."""
-        return Path(torch.hub.get_dir()) / "checkpoints" / self.url.rsplit("/", 1)[-1]
+        name = self.saved_as or self.url.rsplit("/", 1)[-1]
+        return Path(torch.hub.get_dir()) / "checkpoints" / name
 
     @property
     def label(self) -> str:

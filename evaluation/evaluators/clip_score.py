@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTokenizer
 
+from cad.checks import check, one_of
 from cad.errors import UserError
 from cad.files import content_digest
 from cad.identity import immaterial
@@ -43,14 +44,27 @@ from evaluation.prompts import Prompt
 
 # OpenAI trained with QuickGELU; plain "ViT-B-32" would be another model.
 MODEL = "ViT-B-32-quickgelu"
-WEIGHTS = Download(
-    what="OpenAI's CLIP ViT-B/32",
-    metric="clip_score",
-    url="https://openaipublic.azureedge.net/clip/models/"
-    "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af/ViT-B-32.pt",
-    digest="40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
-    size_mb=338,
-)
+WEIGHTS = {
+    "openai": Download(
+        what="OpenAI's CLIP ViT-B/32",
+        metric="clip_score",
+        url="https://openaipublic.azureedge.net/clip/models/"
+        "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af/ViT-B-32.pt",
+        digest="40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
+        size_mb=338,
+        instead="take the hub's copy of it: model.clip_embedder.weights=hub",
+    ),
+    "hub": Download(
+        what="the hub's copy of OpenAI's CLIP ViT-B/32",
+        metric="clip_score",
+        url="https://huggingface.co/timm/vit_base_patch32_clip_224.openai/resolve/"
+        "a6f597a30f7b82c51704746581f9a4e41421e878/open_clip_model.safetensors",
+        digest="e6d1bd7789aa45192b3bf90570a789b478bae1b74ebcce7eddd908e83a2b7c31",
+        size_mb=605,
+        instead="take OpenAI's own file: model.clip_embedder.weights=openai",
+        saved_as="ViT-B-32-openai-hub.safetensors",
+    ),
+}
 
 
 class Embedder(Instrument):
@@ -111,21 +125,27 @@ class ClipScore(Evaluator):
 class OpenClipEmbedder(Embedder):
     """OpenAI's ViT-B/32 in open_clip, its own image transform; texts are cut at 77 tokens.
 
-    The weights are OpenAI's published file, downloaded once to torch's cache. float32.
+    `weights` is one of WEIGHTS: OpenAI's published file, or the hub's copy in float32, should that
+    go away; downloaded once to torch's cache. open_clip cleans texts as OpenAI does (ftfy, HTML's
+    entities); transformers, which conditions the images, does not. float32.
     """
 
     libraries = ("open_clip_torch",)
 
+    weights: str
     device: str = immaterial()
+
+    def __post_init__(self) -> None:
+        check(self, "model.clip_embedder", weights=one_of(WEIGHTS))
 
     @property
     def label(self) -> str:
-        return f"open_clip-{open_clip.__version__}/{MODEL}/openai-{WEIGHTS.label}"
+        return f"open_clip-{open_clip.__version__}/{MODEL}/openai-{WEIGHTS[self.weights].label}"
 
     @cached_property
     def network(self) -> tuple[Any, Any]:
         """The network, and its transform of images."""
-        path = WEIGHTS.fetch()
+        path = WEIGHTS[self.weights].fetch()
         with warnings.catch_warnings():
             # OpenAI's file is a TorchScript archive: torch.load hands it on to torch.jit, and says
             # so. Its hash was checked, so it may be unpickled.

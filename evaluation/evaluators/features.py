@@ -19,11 +19,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from pytorch_fid.inception import FID_WEIGHTS_URL, InceptionV3
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from torchmetrics.image.fid import NoTrainInceptionV3
+from torch.nn import functional as F
 from tqdm import tqdm
 
+from cad.checks import check, one_of
 from cad.errors import UserError
 from cad.files import atomic_path
 from cad.identity import answer, digest, immaterial
@@ -36,8 +38,7 @@ from evaluation.prompts import PromptSet
 INCEPTION = Download(
     what="FID's Inception-v3",
     metric="fid",
-    url="https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
-    "weights-inception-2015-12-05-6726825d.pth",
+    url=FID_WEIGHTS_URL,
     digest="6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
     size_mb=91,
 )
@@ -52,6 +53,7 @@ ARCHIVE = Download(
 )
 FILE_NAME = "COCO_val2014_{:012d}.jpg"
 SUFFIXES = (".jpg", ".jpeg", ".png")
+RESAMPLINGS = ("pytorch_fid", "torchmetrics")
 EXTRACTOR = "extractor"  # key of the metadata of a file of statistics
 
 logger = logging.getLogger(__name__)
@@ -76,34 +78,37 @@ class ClassifierFeatures(ClassifierFolder, FeatureExtractor):
 
 @dataclass(frozen=True)
 class InceptionFeatures(FeatureExtractor):
-    """Inception-v3's pool3, 2048-d, of the TensorFlow release of 2015-12-05, in torchmetrics.
+    """Inception-v3's pool3, 2048-d, of the TensorFlow release of 2015-12-05, by pytorch-fid.
 
-    It resizes images to 299 pixels itself, bilinear: `antialias` is torchmetrics' default, false is
-    the original TensorFlow resampling, which gives other values.
+    Images are made 299 x 299, bilinear. `resampling` "pytorch_fid" is that program's own:
+    half-pixel centres, no antialiasing, 0 to 255 as [-1, 1]. "torchmetrics" antialiases and has
+    them as [-1, 127 / 128], so that the features are those of torchmetrics. Compare one alone.
     """
 
-    libraries = ("torch-fidelity", "torchmetrics")
+    libraries = ("pytorch-fid",)
 
-    antialias: bool
+    resampling: str
     device: str = immaterial()
+
+    def __post_init__(self) -> None:
+        check(self, "model.feature_extractor", resampling=one_of(RESAMPLINGS))
 
     @property
     def label(self) -> str:
-        resampling = "antialiased" if self.antialias else "tensorflow1"
-        return f"torch-fidelity-{installed('torch-fidelity')}/{INCEPTION.label}/{resampling}"
+        return f"pytorch-fid-{installed('pytorch-fid')}/{INCEPTION.label}/{self.resampling}"
 
     @cached_property
     def network(self) -> Any:
-        path = str(INCEPTION.fetch())
-        network = NoTrainInceptionV3(
-            "inception-v3-compat", ["2048"], path, antialias=self.antialias
-        )
-        return network.requires_grad_(False).to(resolve_device(self.device))
+        INCEPTION.fetch()  # where pytorch-fid looks for it, which verifies nothing
+        return InceptionV3().eval().to(resolve_device(self.device))
 
     @torch.no_grad()
     def features(self, images: Pixels) -> NDArray[np.float32]:
-        x = to_channels_first(images).to(resolve_device(self.device))  # uint8 (N, 3, H, W)
-        features: NDArray[np.float32] = self.network(x).float().cpu().numpy()  # (N, 2048)
+        x = to_channels_first(images).to(resolve_device(self.device)).float()  # (N, 3, H, W)
+        if self.resampling == "torchmetrics":
+            x = F.interpolate(x, (299, 299), mode="bilinear", antialias=True) * (255 / 256)
+        (pooled,) = self.network(x / 255)  # which resizes; (N, 2048, 1, 1)
+        features: NDArray[np.float32] = pooled.flatten(1).cpu().numpy()
         return features
 
 

@@ -36,9 +36,11 @@ from evaluation.prompts import Prompt, PromptSet
 from evaluation.sampler import Engine, SamplerSettings
 from experiments.run.configuration import build, check, settle
 from experiments.run.groups import ATTACKED, Images, Prompts, evaluate, needed_prompts, read_prompts
+from experiments.run.photographs import check_photographs
 from experiments.run.pictures import Mask, before_after, loss_curve
 from experiments.run.rendering import result_table, show_result, title, to_markdown
 from experiments.run.results import (
+    EDIT,
     ResultFolder,
     describe_environment,
     read_json,
@@ -49,7 +51,6 @@ from experiments.run.results import (
 from experiments.run.tracking import Tracker
 
 VERSION = 4  # raise it when equal parts give another result
-EDIT = "edit.safetensors"
 COST = "cost.json"
 HISTORY = "history.jsonl"
 EFFECTS = "effects.csv"
@@ -162,21 +163,32 @@ def prepare(cfg: DictConfig) -> Experiment:
     return experiment
 
 
-def run(experiment: Experiment) -> Path:
-    """Run the experiment unless it is finished, mirror it to the tracker, show it.
+def run(experiment: Experiment, group: str | None = None) -> Path:
+    """Run the experiment unless it is finished, followed by the tracker, and show it.
 
-    Returns the result's folder. Waits for another process that runs the same; goes on where an
-    earlier attempt stopped. Raises UserError, before any work, for what is missing or misfits.
+    `group` is the name of the sweep or table that it belongs to, for the tracker. Returns the
+    result's folder. Waits for another process that runs the same; goes on where an earlier attempt
+    stopped. Raises UserError, before any work, for what is missing or misfits.
     """
     folder = experiment.folder
     with folder.locked(), logging_redirect_tqdm():
         reused = folder.is_complete()
-        if not reused:
-            _make(experiment, folder.open())
-            folder.close()
-        experiment.tracker.log(folder.final)
+        with experiment.tracker.follow(folder, _describe_work(experiment, group)):
+            if not reused:
+                _make(experiment, folder.open())
+                folder.close()
     show_result(folder.final, reused=reused)
     return folder.final
+
+
+def _describe_work(experiment: Experiment, group: str | None) -> dict[str, Any]:
+    """What `Tracker.follow` is told."""
+    return {
+        "config": OmegaConf.to_container(experiment.cfg, resolve=True),
+        "group": group,
+        "job_type": experiment.method.name,
+        "tags": [experiment.model.name, *experiment.targets],
+    }
 
 
 def _make(experiment: Experiment, work: Path) -> None:
@@ -271,6 +283,8 @@ def _check_loaded(experiment: Experiment, model: DiffusionModel, prompts: Prompt
         except UserError as error:
             other = "Other evaluators judge any images: evaluator=[lpips,clip_score]"
             raise UserError(f"{str(error).rstrip('.')}. {other}") from error
+    given = experiment.method, experiment.concepts, experiment.evaluators
+    check_photographs(*given, model.resolution)
     if experiment.attacks is not None:
         experiment.attacks.check(model, prompts[ATTACKED])
     gc.collect()

@@ -48,6 +48,7 @@ from evaluation.image_sets import TEMPORARY_FILES
 from experiments.run.configuration import REPOSITORY
 
 MANIFEST = "manifest.json"
+EDIT = "edit.safetensors"
 RECORDS = "records.jsonl"
 ARRAYS = "arrays.safetensors"
 UNFINISHED = ".unfinished"

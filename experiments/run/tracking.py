@@ -1,7 +1,6 @@
-"""Mirrors of finished results, tables and figures in Weights & Biases.
+"""Mirrors of results, tables and figures in Weights & Biases.
 
-It keeps its own files in the folder's wandb/. A run does not fail because of it: its errors and
-those of the disk become warnings.
+A run does not fail because of it: whatever keeps it from its work becomes a warning.
 """
 
 from __future__ import annotations
@@ -9,38 +8,45 @@ from __future__ import annotations
 import logging
 import netrc
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from omegaconf import OmegaConf
 
 from cad.errors import UserError
 from experiments.run.rendering import result_table
-from experiments.run.results import read_json, read_lines, write_json
+from experiments.run.results import EDIT, ResultFolder, read_json, read_lines, write_json
+from experiments.run.values import scalars
 
 if TYPE_CHECKING:
     import wandb
 
-FOLDER = "wandb"  # W&B's files, inside the result folder
 HOST = "api.wandb.ai"
-MARKER = "mirrored.json"  # in FOLDER; written when everything was sent
-PICTURES = ("before_after", "attack")
+MARKER = "wandb/mirrored.json"  # in a result folder; written when everything was sent
+PICTURES = ("before_after", "attack", "training")
 MODES = ("auto", "online", "offline")
 
 logger = logging.getLogger(__name__)
 
 
 class Tracker:
-    """Shows a finished result elsewhere; this one nowhere.
+    """Shows results elsewhere, from the beginning of the work; this one nowhere.
 
     It changes none of the result's files. What keeps it from its work is logged, not raised: a run
     does not fail because of it.
     """
 
-    def log(self, folder: Path) -> None:
-        """Mirror the result in `folder`, unless that was done before."""
+    @contextmanager
+    def follow(self, result: ResultFolder, about: Mapping[str, Any]) -> Iterator[None]:
+        """Mirror the result that is there when the block ends, unless that was done before.
+
+        `about` the run: its "config", "group" (a sweep's or table's name, or None), "job_type" (the
+        edit's name) and "tags".
+        """
+        yield
 
     def log_item(
         self,
@@ -48,43 +54,52 @@ class Tracker:
         panels: Mapping[str, pd.DataFrame],
         notes: Sequence[str],
         paths: Mapping[str, Path],
-        folder: Path,
     ) -> None:
         """Mirror a table or figure of the paper at every call: its panels by heading, its files.
 
-        `paths` has the files by ending: its page "html", a figure's picture "png". The tracker's
-        own files go into `folder`.
+        `paths` has the files by ending: its page "html", a figure's picture "png".
         """
 
 
-class WandbTracker(Tracker):
-    """One W&B run per result, of its configuration, metrics, table and picture, or per item of the
-    paper.
+@contextmanager
+def harmless(name: str) -> Iterator[None]:
+    """Makes a warning of whatever goes wrong in the block, which logs the result of that name."""
+    try:
+        yield
+    except Exception as error:
+        logger.warning("%s is not logged (%s); its own files are as they are", name, error)
 
-    `mode` "auto" follows the environment's WANDB_MODE, else is online where a key is set and
-    offline elsewhere; WANDB_MODE=disabled switches every mode off. `timeout` is in seconds. Raises
-    UserError for another mode. What was interrupted before its end is sent again, as a new run.
+
+class WandbTracker(Tracker):
+    """One W&B run per result, which lasts as long as the work, or per item of the paper.
+
+    A run's id is the result's identity, or the item's name: what was interrupted, or is sent again,
+    goes on in the same run. `mode` "auto" follows the environment's WANDB_MODE, else is online
+    where a key is set and offline elsewhere; WANDB_MODE=disabled switches every mode off. `timeout`
+    is in seconds. W&B's own files are in `folder`/wandb. Raises UserError for another mode.
     """
 
-    def __init__(self, project: str, mode: str, timeout: float) -> None:
+    def __init__(self, project: str, mode: str, timeout: float, folder: str) -> None:
         if mode not in MODES:
             raise UserError(f"logger.mode={mode} is not allowed; choose one of {', '.join(MODES)}")
         self.project = project
         self.mode = mode
         self.timeout = timeout
+        self.folder = Path(folder)
 
-    def log(self, folder: Path) -> None:
-        marker = folder / FOLDER / MARKER
-        if marker.exists():
-            return
-
-        def send(run: wandb.Run) -> None:
-            _send_result(run, folder)
-            run.finish()
-            write_json(marker, {"run": run.id, "mode": run.settings.mode})
-
-        config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
-        self._mirror(folder, send, name=folder.name, config=config)
+    @contextmanager
+    def follow(self, result: ResultFolder, about: Mapping[str, Any]) -> Iterator[None]:
+        marker = result.final / MARKER
+        run = None if marker.exists() else self._start(result.digest, name=result.name, **about)
+        try:
+            yield
+        except BaseException:
+            if run is not None:
+                _end(run, result.name, exit_code=1)
+            raise
+        if run is not None and _send(run, result.name, partial(_send_result, result.final)):
+            with harmless(result.name):
+                write_json(marker, {"run": run.id, "mode": run.settings.mode})
 
     def log_item(
         self,
@@ -92,7 +107,6 @@ class WandbTracker(Tracker):
         panels: Mapping[str, pd.DataFrame],
         notes: Sequence[str],
         paths: Mapping[str, Path],
-        folder: Path,
     ) -> None:
         def send(run: wandb.Run) -> None:
             import wandb
@@ -102,79 +116,81 @@ class WandbTracker(Tracker):
             run.log({"page": wandb.Html(paths["html"].read_text(encoding="utf-8"))})
             if "png" in paths:
                 run.log({name: wandb.Image(str(paths["png"]))})
-            run.finish()
 
-        told = {"name": name, "job_type": "reproduction", "notes": "\n".join(notes)}
-        self._mirror(folder, send, **told)
+        told = {"name": name, "group": name, "job_type": "reproduction", "notes": "\n".join(notes)}
+        run = self._start(name, **told)
+        if run is not None:
+            _send(run, name, send)
 
-    def _mirror(self, folder: Path, send: Callable[[wandb.Run], None], **told: Any) -> None:
-        """Start a run and `send` what is to be seen; offline where the server cannot be reached."""
+    def _start(self, identity: str, **told: Any) -> wandb.Run | None:
+        """A run, offline where the server cannot be reached; None where there can be none."""
         if os.environ.get("WANDB_MODE") == "disabled":
-            return
+            return None
         os.environ["WANDB_SILENT"] = "true"
-        os.environ["WANDB_DATA_DIR"] = str(folder / FOLDER)  # else staged files go to the home
-        import wandb
+        os.environ["WANDB_DATA_DIR"] = str(self.folder / "wandb")  # else staged files go home
+        run: wandb.Run | None = None
+        with harmless(told["name"]):
+            import wandb
 
-        try:
-            (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            start = partial(
+                wandb.init,
+                project=self.project,
+                id=identity,
+                resume="allow",
+                dir=str(self.folder),
+                reinit="finish_previous",
+                settings=wandb.Settings(init_timeout=self.timeout, silent=True, console="off"),
+                **told,
+            )
             try:
-                run = self._start(folder, self.mode, told)
+                run = start(mode="online" if self._is_online() else "offline")
             except wandb.errors.Error as error:
                 logger.warning("W&B cannot be reached, logging offline (%s)", error)
-                run = self._start(folder, "offline", told)
-            send(run)
-        except (wandb.errors.Error, OSError, ValueError) as error:
-            logger.warning("W&B logging of %s skipped (%s); its files are complete", folder, error)
-            _abandon()
+                run = start(mode="offline")
+        return run
 
-    def _start(self, folder: Path, wish: str, told: Mapping[str, Any]) -> wandb.Run:
-        import wandb
-
-        wish = os.environ.get("WANDB_MODE", "auto") if wish == "auto" else wish
-        online = _has_key() if wish == "auto" else wish == "online"
-
-        return wandb.init(
-            project=self.project,
-            dir=str(folder),
-            mode="online" if online else "offline",
-            reinit="finish_previous",
-            settings=wandb.Settings(init_timeout=self.timeout, silent=True, console="off"),
-            **told,
-        )
+    def _is_online(self) -> bool:
+        wish = os.environ.get("WANDB_MODE", "auto") if self.mode == "auto" else self.mode
+        return _has_key() if wish == "auto" else wish == "online"
 
 
-def _send_result(run: wandb.Run, folder: Path) -> None:
+def _send(run: wandb.Run, name: str, send: Callable[[wandb.Run], None]) -> bool:
+    """Send what is to be seen and end the run. Returns whether all of it was sent."""
+    sent = False
+    with harmless(name):
+        send(run)
+        run.finish()
+        sent = True
+    if not sent:
+        _end(run, name, exit_code=1)
+    return sent
+
+
+def _end(run: wandb.Run, name: str, exit_code: int) -> None:
+    """End the run, so that the next one gets one of its own."""
+    with harmless(name):
+        run.finish(exit_code=exit_code)
+
+
+def _send_result(folder: Path, run: wandb.Run) -> None:
     import wandb
 
     metrics, cost = read_json(folder / "metrics.json"), read_json(folder / "cost.json")
-    values: dict[str, Any] = {
-        f"{row['name']}/{row['scope']}/{row['state']}": row["value"]
-        for row in metrics["metrics"]
-        if row["scope"] != "group"
-    }
-    values |= {"cost/seconds": cost["seconds"], "cost/peak_memory_mb": cost["peak_memory_mb"]}
-    values["edit/num_weights"] = metrics["edit"]["num_weights"]
-    if metrics["effect"] is not None:
-        values["effect/pearson_r"] = metrics["effect"]["pearson_r"]
+    if (folder / EDIT).exists():
+        told = {key: value for key, value in metrics["edit"].items() if key != "weights"}
+        edit = wandb.Artifact(f"edit-{run.id}", type="edit", metadata=told)
+        edit.add_file(str(folder / EDIT), policy="immutable", skip_cache=True)  # makes no copies
+        run.log_artifact(edit)
+    if (folder / "history.jsonl").exists():
+        for record in read_lines(folder / "history.jsonl"):
+            run.log({f"training/{key}": value for key, value in record.items()})
+    values: dict[str, Any] = dict(scalars(folder))
     values["table"] = wandb.Table(dataframe=result_table(metrics, cost))
     for name in PICTURES:
         if (folder / f"{name}.png").exists():
             values[name] = wandb.Image(str(folder / f"{name}.png"))
-    if (folder / "history.jsonl").exists():
-        for record in read_lines(folder / "history.jsonl"):
-            run.log({f"training/{key}": value for key, value in record.items()})
-        values["training"] = wandb.Image(str(folder / "training.png"))
     run.log(values)
-
-
-def _abandon() -> None:
-    """End a W&B run that failed, so that the next job of a sweep gets one of its own."""
-    import wandb
-
-    try:
-        wandb.finish(exit_code=1)
-    except (wandb.errors.Error, OSError) as error:
-        logger.warning("W&B could not end its run (%s)", error)
 
 
 def _has_key() -> bool:

@@ -132,13 +132,15 @@ def make_exhibit(command: Command, exhibit: Exhibit) -> None:
         raise UserError(lost[0])
     if making.dry:
         return
+    for reason in dict.fromkeys(lost):
+        log.warning("%s", reason)
     missing = [] if making.render else [each for each in wanted if each.is_missing]
     check_models(command, exhibit, missing)
     if missing and command.launcher:
         launch(command, exhibit, missing)
         return
     for each in tqdm(missing, exhibit.called, unit="run", disable=None):
-        runs[each.number] = attempt(command, each)
+        runs[each.number] = attempt(command, exhibit, each)
     render(command, exhibit, [_with_reason(command, exhibit, each) for each in runs])
     lost = _unexpected(exhibit, [runs[each.number] for each in wanted])
     if lost:
@@ -153,7 +155,7 @@ def make_one(command: Command, exhibit: Exhibit, number: int) -> None:
     if runs[number].refused:
         raise UserError(runs[number].refused)
     check_models(command, exhibit, [runs[number]])
-    run(prepare(command.compose(runs[number].overrides)))
+    run(prepare(command.compose(runs[number].overrides)), exhibit.name)
 
 
 def find_runs(command: Command, exhibit: Exhibit) -> list[ListedRun]:
@@ -194,10 +196,11 @@ def check_models(command: Command, exhibit: Exhibit, runs: Sequence[ListedRun]) 
             raise UserError(f"{error} The miniature: {instead}") from error
 
 
-def attempt(command: Command, listed: ListedRun) -> ListedRun:
+def attempt(command: Command, exhibit: Exhibit, listed: ListedRun) -> ListedRun:
     """Make a run. Whatever it fails with, the others go on, and the reason is kept."""
     try:
-        return replace(listed, result=run(prepare(command.compose(listed.overrides))))
+        prepared = prepare(command.compose(listed.overrides))
+        return replace(listed, result=run(prepared, exhibit.name))
     except Exception as error:
         reason = find_mistake(error)
         trace = error if reason is None else None
@@ -240,7 +243,7 @@ def render(command: Command, exhibit: Exhibit, runs: Sequence[ListedRun]) -> Non
     for path in paths.values():
         log.info("%s", path)
     tracker: Tracker = build(command.cfg.logger)
-    tracker.log_item(exhibit.name, rendering.panels, rendering.notes, paths, folder)
+    tracker.log_item(exhibit.name, rendering.panels, rendering.notes, paths)
 
 
 def show_runs(exhibit: Exhibit, runs: Sequence[ListedRun]) -> None:

@@ -98,8 +98,11 @@ def test_reference_images_from_a_folder(tiny_model, church, tmp_path):
     for key, bad in (("fit", "pad"), ("encoding", None), ("count", 0)):
         with pytest.raises(UserError, match=rf"edit\.references\.{key}="):
             ImageFolder(tmp_path, **{key: bad})
-    with pytest.raises(UserError, match=r"needs 3 reference pictures.*there are 2"):
+    with pytest.raises(UserError, match=r"needs 3 photographs.*there are 2.*references\.object"):
         ImageFolder(tmp_path, count=3).settings(church)
+    (tmp_path / "church" / "a.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"a\.png cannot be read"):
+        folder.pictures(church, 64)
 
 
 def test_generated_references(tiny_model, church):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
 from cad.errors import UserError
@@ -72,7 +73,6 @@ def write_archive(path: Path, network: torch.nn.Module) -> None:
         module.register_parameter(last, torch.nn.Parameter(weight.half()))
     for name in ("input_resolution", "context_length", "vocab_size"):
         archive.register_buffer(name, torch.tensor(77))
-    path.parent.mkdir(parents=True)
     torch.jit.script(archive).save(str(path))
 
 
@@ -114,19 +114,21 @@ def test_shipped_clip_refuses_long_prompts_before_any_image(metrics):
         evaluator.check(prompts("a church", 80 * "a"))
 
 
-def test_open_clip_loads_the_published_archive_and_its_own_transform(tmp_path, monkeypatch):
+@pytest.mark.parametrize("source", ["openai", "hub"])
+def test_open_clip_loads_the_published_file_and_its_own_transform(tmp_path, monkeypatch, source):
     (tmp_path / "tiny-quickgelu.json").write_text(json.dumps(TINY))
     open_clip.add_model_config(tmp_path / "tiny-quickgelu.json")
     torch.manual_seed(0)
     model, _, transform = open_clip.create_model_and_transforms("tiny-quickgelu")
-    path = tmp_path / "hub" / "checkpoints" / "ViT-B-32.pt"
-    write_archive(path, model)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(clip_score, "MODEL", "tiny-quickgelu")
-    published = replace(clip_score.WEIGHTS, digest=file_digest(path))
-    monkeypatch.setattr(clip_score, "WEIGHTS", published)
-    embedder = OpenClipEmbedder("cpu")
     model.eval().half().float()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    path = clip_score.WEIGHTS[source].path
+    path.parent.mkdir(parents=True)
+    save_file(model.state_dict(), path) if source == "hub" else write_archive(path, model)
+    monkeypatch.setattr(clip_score, "MODEL", "tiny-quickgelu")
+    published = replace(clip_score.WEIGHTS[source], digest=file_digest(path))
+    monkeypatch.setitem(clip_score.WEIGHTS, source, published)
+    embedder = OpenClipEmbedder(source, "cpu")
     images = np.random.default_rng(0).integers(0, 256, (2, 48, 40, 3), dtype=np.uint8)
     x = torch.stack([transform(Image.fromarray(image)) for image in images])
     with torch.no_grad():
@@ -141,7 +143,14 @@ def test_open_clip_loads_the_published_archive_and_its_own_transform(tmp_path, m
     assert torch.equal(texts[1], texts[2])
 
 
-def test_the_published_model_is_open_clips_own_entry():
-    url = open_clip.get_pretrained_url(clip_score.MODEL, "openai")
-    assert url == clip_score.WEIGHTS.url
+def test_the_published_files_are_open_clips_own_entries():
+    published = open_clip.get_pretrained_cfg(clip_score.MODEL, "openai")
+    assert published["url"] == clip_score.WEIGHTS["openai"].url
+    assert f"huggingface.co/{published['hf_hub']}resolve/" in clip_score.WEIGHTS["hub"].url
     assert open_clip.get_tokenizer(clip_score.MODEL).context_length == 77
+
+
+def test_texts_are_cleaned_as_openai_does_before_they_are_tokenised():
+    tokenise = open_clip.get_tokenizer(clip_score.MODEL)
+    curly, straight = tokenise(["don\u2019t &amp; won&#39;t", "don't & won't"])
+    assert torch.equal(curly, straight)

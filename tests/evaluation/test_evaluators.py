@@ -41,7 +41,7 @@ LIBRARIES = {
     "accuracy": {"torchvision"},
     "clip_score": {"open_clip_torch"},
     "face": {"nudenet", "onnxruntime"},
-    "fid": {"torchmetrics", "torch-fidelity"},
+    "fid": {"pytorch-fid"},
     "lpips": {"lpips", "torchvision"},
     "nudity": {"nudenet", "onnxruntime"},
 }
@@ -78,7 +78,7 @@ def test_creating_and_identifying_one_loads_nothing(metrics, monkeypatch, model)
         (torch, "load"),
         (small_resnet, "load_file"),
         (features, "safe_open"),
-        (features, "NoTrainInceptionV3"),
+        (features, "InceptionV3"),
         (CLIPModel, "from_pretrained"),
         (open_clip, "create_model_and_transforms"),
         (lpips, "LPIPS"),
@@ -122,7 +122,7 @@ def test_settings_are_material():
     assert found("evaluator.face.labels=[FACE_MALE]") == {"face"}
     assert found("evaluator.face.labels=[FACE_MALE,FACE_FEMALE]") == set()
     assert found("model.perceptual_distance.size=128") == {"lpips"}
-    assert found("model.feature_extractor.antialias=false") == {"fid"}
+    assert found("model.feature_extractor.resampling=torchmetrics") == {"fid"}
     assert found("model.real_images.square=false") == {"fid"}
     assert found(f"model.prompts.general.sha256={64 * '0'}") == {"fid"}
 
@@ -178,8 +178,12 @@ def test_float_images_and_no_images_are_refused(metrics):
     ("part", "message"),
     [
         (TorchvisionResNet50("cpu"), r"98 MB.*resnet50-11ad3fa6\.pth.*TORCH_HOME.*model=mini"),
-        (OpenClipEmbedder("cpu"), r"338 MB.*ViT-B-32\.pt.*TORCH_HOME.*model=mini"),
-        (InceptionFeatures(True, "cpu"), r"Inception-v3 \(91 MB\).*6726825d\.pth.*model=mini"),
+        (OpenClipEmbedder("openai", "cpu"), r"338 MB.*ViT-B-32\.pt.*clip_embedder\.weights=hub"),
+        (OpenClipEmbedder("hub", "cpu"), r"605 MB.*openai-hub\.safetensors.*weights=openai"),
+        (
+            InceptionFeatures("pytorch_fid", "cpu"),
+            r"Inception-v3 \(91 MB\).*6726825d\.pth.*model=mini",
+        ),
         (AlexNetDistance(64, "cpu"), r"AlexNet \(233 MB\).*alexnet-owt-7be5be79\.pth.*model=mini"),
         (CocoImages(None, None, "cache"), r"6,337 MB.*val2014\.zip.*coco\.images"),
     ],
@@ -189,4 +193,6 @@ def test_missing_weights_say_what_to_do(part, message, tmp_path, monkeypatch):
     unreachable = Mock(side_effect=urllib.error.URLError("no network"))
     monkeypatch.setattr(urllib.request, "urlopen", unreachable)
     with pytest.raises(UserError, match=message):
-        part.statistics(InceptionFeatures(True, "cpu")) if part.label[:4] == "coco" else part.load()
+        part.statistics(InceptionFeatures("pytorch_fid", "cpu")) if part.label[
+            :4
+        ] == "coco" else part.load()

@@ -1,10 +1,11 @@
-"""FID in closed form, against scipy, from records alone; real images in folders and archives."""
+"""FID in closed form, against other programs, from records alone; real images and their places."""
 
 from __future__ import annotations
 
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import MagicMock, Mock
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
 
 from cad.errors import UserError
 from cad.files import file_digest
-from evaluation.evaluators import features
+from evaluation.evaluators import features, fid
 from evaluation.evaluators.base import bootstrap_standard
 from evaluation.evaluators.features import (
     ClassifierFeatures,
@@ -61,8 +62,17 @@ def save(real: NDArray[np.float64], folder: Path) -> SavedStatistics:
     return SavedStatistics(folder / "real.safetensors")
 
 
+def torchmetrics_distance(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
+    identity = torch.nn.Identity()
+    identity.num_features = x.shape[1]
+    metric = FrechetInceptionDistance(identity)
+    metric.update(torch.from_numpy(x), real=False)
+    metric.update(torch.from_numpy(y), real=True)
+    return float(metric.compute())
+
+
 def scipy_distance(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
-    """Heusel et al., Eq. 6, with scipy's matrix square root."""
+    """Heusel et al., Eq. 6, with scipy's matrix square root, as pytorch-fid has it."""
     s, t = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
     root = scipy.linalg.sqrtm(s @ t)
     shift = x.mean(axis=0) - y.mean(axis=0)
@@ -102,10 +112,11 @@ def test_two_gaussians_in_closed_form():
 
 
 @pytest.mark.parametrize(("count", "dim"), [(200, 8), (5, 16)])
-def test_distance_agrees_with_scipy_also_below_full_rank(count, dim):
+def test_distance_agrees_with_other_programs_also_below_full_rank(count, dim):
     generated, real = gaussian(count, dim, seed=1), gaussian(300, dim, seed=2)
     distance = FrechetDistance(FeatureStatistics.of(real))
     assert distance(generated) == pytest.approx(scipy_distance(generated, real), rel=1e-5)
+    assert distance(generated) == pytest.approx(torchmetrics_distance(generated, real), rel=1e-5)
     assert 0 <= distance(real) < 1e-8
 
 
@@ -125,8 +136,19 @@ def test_fid_from_records_alone(tmp_path):
     assert (metric.n, metric.unit) == (30, "squared distance")
     assert not metric.higher_is_better
     assert (evaluator.measures, evaluator.paired) == ("general", False)
-    assert metric.version.endswith(f"/channel_means-1/{evaluator.reference.label}")
+    assert metric.version == f"channel_means-1/{evaluator.reference.label}"
     assert evaluator.aggregate(records[:10]).n == 10
+
+
+def test_the_interval_takes_the_real_images_root_once_and_shows_its_progress(tmp_path, monkeypatch):
+    eigh, bar = Mock(wraps=np.linalg.eigh), MagicMock()
+    monkeypatch.setattr(np.linalg, "eigh", eigh)
+    monkeypatch.setattr(fid, "tqdm", Mock(return_value=bar))
+    evaluator = FID(ChannelMeans(), save(gaussian(9, 3, seed=0), tmp_path))
+    rows = gaussian(9, 3, seed=1).astype(np.float32)
+    evaluator.aggregate([{"features": row} for row in rows])
+    assert eigh.call_count == 1
+    assert bar.__enter__.return_value.update.call_count == 1 + fid.RESAMPLES
 
 
 def test_fewer_than_two_images_are_refused_early(tmp_path):
@@ -269,26 +291,56 @@ def test_a_damaged_photograph_is_named(photographs, tmp_path):
         CocoImages(photographs, None, tmp_path / "cache", True).statistics(ChannelMeans())
 
 
-def test_inception_is_torchmetrics_own_from_the_verified_file(tmp_path, monkeypatch):
-    path = tmp_path / "hub" / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
+@pytest.fixture
+def inception(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Random weights in the place of the published file, whose hash they are said to have."""
+    path = tmp_path / "hub" / "checkpoints" / "pt_inception-2015-12-05-6726825d.pth"
     path.parent.mkdir(parents=True)
     torch.manual_seed(0)
     torch.save(random_inception(), path)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(UserError, match=f"{file_digest(path)}, expected 6726825d"):
-        InceptionFeatures(antialias=True, device="cpu").load()
+        InceptionFeatures("pytorch_fid", "cpu").load()
     published = replace(features.INCEPTION, digest=file_digest(path))
     monkeypatch.setattr(features, "INCEPTION", published)
-    extractor = InceptionFeatures(antialias=True, device="cpu")
-    images = np.random.default_rng(0).integers(0, 256, (1, 40, 40, 3), dtype=np.uint8)
-    theirs = FrechetInceptionDistance(2048, feature_extractor_weights_path=str(path)).inception
-    with torch.no_grad():
-        expected = theirs(torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()
-    found = extractor.features(images)
-    assert found.shape == (1, 2048)
-    assert np.array_equal(found, expected)
-    assert "antialiased" in extractor.label
-    assert InceptionFeatures(antialias=False, device="cpu").label != extractor.label
+    return path
+
+
+@torch.no_grad()
+def test_inception_sees_what_pytorch_fid_and_what_torchmetrics_would(inception):
+    images = np.random.default_rng(0).integers(0, 256, (2, 340, 320, 3), dtype=np.uint8)
+    x = torch.from_numpy(images).permute(0, 3, 1, 2)
+    theirs = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(inception))
+    extractor = InceptionFeatures("torchmetrics", "cpu")
+    antialiased = extractor.features(images)
+    assert antialiased.shape == (2, 2048)
+    assert np.allclose(antialiased, theirs(x).numpy(), atol=1e-4)  # they are about 1
+
+    pixels = 2 * torch.from_numpy(bilinear(images, 299)).permute(0, 3, 1, 2) / 255 - 1
+    theirs.Conv2d_1a_3x3.register_forward_pre_hook(lambda layer, given: (pixels.float(),))
+    published = InceptionFeatures("pytorch_fid", "cpu")
+    found = published.features(images)
+    assert np.allclose(found, theirs(x).numpy(), atol=1e-4)
+    assert np.abs(found - antialiased).max() > 0.01
+    assert published.label != extractor.label
+
+
+def test_an_unknown_resampling_is_refused():
+    with pytest.raises(UserError, match=r"resampling=.*bicubic.*pytorch_fid, torchmetrics"):
+        InceptionFeatures("bicubic", "cpu")
+
+
+def bilinear(images: NDArray[np.uint8], size: int) -> NDArray[np.float64]:
+    """(N, size, size, C): between the two nearest pixels a side, whose centres are at halves."""
+    found = images.astype(np.float64)
+    for axis in (1, 2):
+        length = images.shape[axis]
+        at = ((np.arange(size) + 0.5) * length / size - 0.5).clip(0, length - 1)
+        below = at.astype(int).clip(max=length - 2)
+        share = (at - below).reshape([-1 if each == axis else 1 for each in range(4)])
+        lower, upper = (np.take(found, below + step, axis) for step in (0, 1))
+        found = (1 - share) * lower + share * upper
+    return found
 
 
 def random_inception() -> dict[str, torch.Tensor]:
@@ -297,4 +349,8 @@ def random_inception() -> dict[str, torch.Tensor]:
         patch.setattr(NoTrainInceptionV3, "load_state_dict", lambda self, state: None)
         patch.setattr(torch, "load", lambda path, weights_only: {})
         network = NoTrainInceptionV3("inception-v3-compat", ["2048"], "nowhere")
-    return network.state_dict()
+    state = network.state_dict()
+    for name, weight in state.items():
+        if name.endswith("conv.weight"):
+            torch.nn.init.kaiming_normal_(weight)  # so that images are told apart to the end
+    return state

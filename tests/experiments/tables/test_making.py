@@ -45,7 +45,7 @@ class Bench:
         model = SimpleNamespace(name=cfg.model.name, weights="published", t5=True, source=source)
         return SimpleNamespace(cfg=cfg, name=name, folder=folder, model=model)
 
-    def run(self, prepared: Any) -> Path:
+    def run(self, prepared: Any, group: str) -> Path:
         self.ran.append(prepared.name)
         for part, error in self.failing.items():
             if part in prepared.name:

@@ -89,9 +89,11 @@ def test_a_table_is_mirrored_offline_where_the_server_is_out_of_reach(
 ) -> None:
     modes: list[str] = []
     logged: dict[str, object] = {}
+    told: dict[str, object] = {}
 
     def init(*, mode: str, **settings: object) -> SimpleNamespace:
         modes.append(mode)
+        told.update(settings)
         if mode == "online":
             raise wandb.errors.CommError("no network")
         return SimpleNamespace(log=logged.update, finish=lambda: None)
@@ -102,11 +104,12 @@ def test_a_table_is_mirrored_offline_where_the_server_is_out_of_reach(
     listed = table.list_runs()
     rendering = render_table(table, listed)
     paths = publish(table, rendering, listed, tmp_path)
-    mirrored = (table.name, rendering.panels, rendering.notes, paths, tmp_path)
-    tracker = WandbTracker("cad", "online", 1)
+    mirrored = (table.name, rendering.panels, rendering.notes, paths)
+    tracker = WandbTracker("cad", "online", 1, str(tmp_path))
     tracker.log_item(*mirrored)
     assert modes == ["online", "offline"]
     assert set(logged) == {"table01-mini accuracy on the class, % ↓", "page"}
+    assert (told["id"], told["resume"], told["group"]) == ("table01-mini", "allow", "table01-mini")
     monkeypatch.setenv("WANDB_MODE", "disabled")
     tracker.log_item(*mirrored)
     assert len(modes) == 2
