@@ -10,7 +10,7 @@ WEIGHTS ?= random
 BENCHES ?= estimators editing generation
 
 TABLES := $(addprefix table,1 2 3 4 5 6 7 8 9 10 11 12 13 14)
-FIGURES := figure2 figure7 components
+FIGURES := $(addprefix figure,2 3 4 5 6 7 8 9 10 11 12) components
 OPTIONS = $(if $(MODEL),model=$(MODEL)) \
 	$(if $(filter-out 0 false,$(FAST)),making.fast=true) \
 	$(if $(filter-out 0 false,$(DRY)),making.dry=true) \
@@ -23,7 +23,7 @@ RUN = $(BIN)/python run.py
 export PYTHONDONTWRITEBYTECODE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run tables figures qualitative status report $(TABLES) $(FIGURES) bench bench-full test check check-ray lint types format miniature clean
+.PHONY: help run tables figures status report $(TABLES) $(FIGURES) bench bench-full test check check-ray lint types format miniature clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,10 +37,10 @@ tables: $(READY) ## the paper's tables, or one: make table7 MODEL=mini; also FAS
 $(TABLES): $(READY)
 	$(RUN) table=$(shell printf 'table%02d' $(@:table%=%)) $(OPTIONS)
 
-figures: $(READY) ## its figures, or one: make figure2, figure7, components, qualitative (four grids of pictures)
+figures: $(READY) ## its figures, or one: make figure2 to figure12, components (where a concept sits)
 	$(RUN) figure=all $(OPTIONS)
 
-$(FIGURES) qualitative: $(READY)
+$(FIGURES): $(READY)
 	$(RUN) figure=$@ $(OPTIONS)
 
 status: $(READY) ## of all tables and figures: runs done and missing; MODEL=mini
