@@ -25,7 +25,7 @@ from cad.errors import UserError
 from experiments.run.configuration import CONF, build, compose
 from experiments.run.experiment import prepare
 from experiments.tables.cells import Cell, build_cells, read_published
-from experiments.tables.exhibit import Exhibit, Figure, Table, filtered, with_methods
+from experiments.tables.exhibit import Exhibit, Figure, Table, by_number, filtered, with_methods
 from experiments.tables.layout import PUBLISHED, lay_out, panels
 
 # The paper prints a dash for the amplified model, no rates without attack in Table 3, and no change
@@ -162,6 +162,14 @@ def test_names_say_the_model() -> None:
     assert composed_table(1).name == "table01-sd14"
     assert composed_table(13).name == "table13-sd35-sdxl"
     assert composed_table(1, "mini", fast=True).name == "table01-mini-fast"
+    assert sorted(["figure10-mini", "figure2-mini"], key=by_number)[0] == "figure2-mini"
+
+
+def test_the_miniature_replaces_settings_of_a_drawing_one_by_one() -> None:
+    paper, mini = composed_figure("figure8"), composed_figure("figure8", "mini")
+    assert isinstance(paper, Figure)
+    assert isinstance(mini, Figure)
+    assert mini.drawing == paper.drawing | {"others": {"mini_captions": 4}}
 
 
 def test_later_overrides_replace_earlier_ones() -> None:
