@@ -5,13 +5,14 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 DEV    := $(VENV)/.ready-dev
+OLDEST := .venv-oldest
 ARGS   ?=
 WEIGHTS ?= random
 BENCHES ?= estimators generation
 SMALL   := $(if $(filter random-small,$(WEIGHTS)),device=cpu model.adapter.resolution=64)
 
 TABLES := $(addprefix table,1 2 3 4 5 6 7 8 9 10 11 12 13 14)
-FIGURES := figure2 figure7 components
+FIGURES := $(addprefix figure,2 3 4 5 6 7 8 9 10 11 12) components
 OPTIONS = $(if $(MODEL),model=$(MODEL)) \
 	$(if $(filter-out 0 false,$(FAST)),making.fast=true) \
 	$(if $(filter-out 0 false,$(DRY)),making.dry=true) \
@@ -24,7 +25,7 @@ RUN = $(BIN)/python run.py
 export PYTHONDONTWRITEBYTECODE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run tables figures qualitative status report $(TABLES) $(FIGURES) bench bench-full test check check-ray lint types format miniature clean
+.PHONY: help run tables figures status report $(TABLES) $(FIGURES) bench bench-full test check check-ray check-oldest lint types format miniature clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,10 +39,10 @@ tables: $(READY) ## the paper's tables, or one: make table7 MODEL=mini; also FAS
 $(TABLES): $(READY)
 	$(RUN) table=$(shell printf 'table%02d' $(@:table%=%)) $(OPTIONS)
 
-figures: $(READY) ## its figures, or one: make figure2, figure7, components, qualitative (four grids of pictures)
+figures: $(READY) ## its figures, or one: make figure2 to figure12, components (where a concept sits)
 	$(RUN) figure=all $(OPTIONS)
 
-$(FIGURES) qualitative: $(READY)
+$(FIGURES): $(READY)
 	$(RUN) figure=$@ $(OPTIONS)
 
 status: $(READY) ## of all tables and figures: runs done and missing; MODEL=mini
@@ -66,6 +67,12 @@ check-ray: $(DEV) ## installs the extra [ray] too, and runs the tests of it; CI 
 	$(BIN)/pip install -q --disable-pip-version-check -e ".[ray]"
 	$(BIN)/python -m pytest -m ray $(ARGS)
 
+check-oldest: ## tests of cad/ and baselines/ with the oldest torch and diffusers that pyproject.toml takes, in an environment of their own (6 GB)
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install -q --disable-pip-version-check \
+		$(shell sed -nE 's/^ +"(torch|torchvision|diffusers)>=([0-9.]+)".*/\1==\2/p' pyproject.toml)
+	$(MAKE) test VENV=$(OLDEST) ARGS="tests/cad tests/baselines"
+
 lint: $(DEV) ## ruff: style and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -82,7 +89,7 @@ miniature: $(DEV) ## train the shipped model anew (hours on two cores); ARGS="da
 	$(BIN)/python -m experiments.miniature.train $(ARGS)
 
 clean: ## remove the virtual environment and caches; results/ stays
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache *.egg-info
+	rm -rf $(VENV) $(OLDEST) .mypy_cache .ruff_cache .pytest_cache *.egg-info
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -2,12 +2,13 @@
 
 A file describes several versions: for the paper's models, for the miniature (`mini`), and for the
 miniature in minutes (`fast`). What a version says is added to what stands before it: overrides to
-the others, an axis in place of its namesake, metrics in place of all.
+the others, an axis or a setting of the drawing in place of its namesake, metrics in place of all.
 """
 
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -161,8 +162,8 @@ def read_exhibit(
     found["stands_for"] = {}
     for version in (file, mini if models == [MINIATURE] else {}, smaller if fast else {}):
         for key, value in version.items():
-            if key in ("axes", "skip", "stands_for"):
-                found[key] |= value
+            if key in ("axes", "skip", "stands_for", "drawing"):
+                found[key] = found.get(key, {}) | value
             elif key in ("runs", "note"):
                 found[key] += value if isinstance(value, list) else [value]
             else:
@@ -175,6 +176,11 @@ def read_exhibit(
     exhibit = cast(Exhibit, OmegaConf.to_object(whole))
     _check_axes(exhibit)
     return exhibit
+
+
+def by_number(name: str) -> list[str | int]:
+    """The key that sorts figure2 before figure10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def filtered(runs: Sequence[ListedRun], text: str, exhibit: Exhibit) -> list[ListedRun]:

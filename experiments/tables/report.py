@@ -24,7 +24,7 @@ from cad.files import write_atomically
 from experiments.run.command_line import exit_status
 from experiments.run.configuration import REPOSITORY
 from experiments.run.results import read_json
-from experiments.tables.exhibit import MINIATURE
+from experiments.tables.exhibit import MINIATURE, by_number
 from experiments.tables.publishing import Section, page, read_section, render
 
 PAPER = "Unveiling Concept Attribution in Diffusion Models"
@@ -57,7 +57,8 @@ def write_report(folder: Path, model: str | None, shipped: Path = SHIPPED) -> Pa
             f"{folder} has no tables or figures of {model}: make one first, for instance with "
             "python run.py table=table01 model=mini making.fast=true"
         )
-    sections = [_with_progress(read_section(files[name]), made.get(name)) for name in sorted(files)]
+    names = sorted(files, key=by_number)
+    sections = [_with_progress(read_section(files[name]), made.get(name)) for name in names]
     sections.sort(key=lambda each: ("Table" not in each.called, "Figure" not in each.called))
     lead = _lead(sections, list(made.values()))
     links = [

@@ -24,7 +24,15 @@ from rich.table import Column, Table
 
 from experiments.run.command_line import exit_status
 from experiments.run.configuration import CONF, REPOSITORY, Compose, composer
-from experiments.tables.exhibit import MINIATURE, SCHEMAS, STATES, Exhibit, ListedRun, read_exhibit
+from experiments.tables.exhibit import (
+    MINIATURE,
+    SCHEMAS,
+    STATES,
+    Exhibit,
+    ListedRun,
+    by_number,
+    read_exhibit,
+)
 from experiments.tables.lookup import DEFAULTS, RunNames, option_folders, options
 
 HEADINGS = ("", "of", *STATES, "editing", "files")
@@ -58,7 +66,7 @@ def every_exhibit(
         (group, path.stem)
         for group in SCHEMAS
         for folder in folders
-        for path in sorted(Path(folder, group).glob("*.yaml"))
+        for path in sorted(Path(folder, group).glob("*.yaml"), key=lambda p: by_number(p.stem))
     ]
     nodes = compose([f"+{group}@exhibits.{group}.{stem}={stem}" for group, stem in files]).exhibits
     for group, stem in files:

@@ -18,7 +18,7 @@ from evaluation.image_sets import ImageSet
 from evaluation.masking import Masker
 from evaluation.prompts import Prompt
 from experiments.run.curves import new_canvas
-from experiments.run.pictures import Mask, Pixels, choose_prompts
+from experiments.run.pictures import Mask, Pixels
 from experiments.run.rendering import DASH
 from experiments.run.results import RECORDS, read_json, read_lines
 from experiments.tables.exhibit import EDIT, ListedRun
@@ -28,78 +28,99 @@ CELL = 1.15  # inches
 EXPLICIT = "explicit"  # a kind of concept
 BEFORE, AFTER = "before", "after"
 UNEDITED = "unedited"
+JUDGEMENTS = ("correct", "count")  # keys of records that say whether an image shows the concept
+
+Key = tuple[str, int]
+"""An image of a run: what its set measures, and its index there."""
 
 
 @dataclass(frozen=True)
-class ConceptImages:
-    """A run's images of its concept's prompts, as its result knows them."""
+class RunImages:
+    """A run's images, as its result knows them."""
 
     targets: Sequence[str]  # groups of the edited concepts
-    prompts: Mapping[int, Prompt]  # that may be shown, by index
-    folders: Mapping[str, Path]  # by state: "before" the edit, and "after" if any
+    prompts: Mapping[Key, Prompt]  # that may be shown
+    folders: Mapping[tuple[str, str], Path]  # by what is measured, and "before" or "after" the edit
     mask: Mask | None
 
-    def read(self, state: str, index: int) -> Pixels:
+    @property
+    def is_edited(self) -> bool:
+        return (CONCEPT, AFTER) in self.folders
+
+    def read(self, state: str, key: Key) -> Pixels:
         """An image as it may be shown."""
-        pixels = ImageSet(self.folders[state], ()).read(index)
+        measured, index = key
+        pixels = ImageSet(self.folders[measured, state], ()).read(index)
         return pixels if self.mask is None else self.mask(pixels)
 
-    def choose(self, targets: int, others: int) -> list[int]:
-        """Indices of the prompts that are shown, as `draw_grid` says."""
-        indices, prompts = list(self.prompts), list(self.prompts.values())
-        return [indices[each] for each in choose_prompts(prompts, self.targets, targets, others)]
+    def choose(self, targets: int, others: Mapping[str, int]) -> list[Key]:
+        """The images that are shown, as `draw_grid` says."""
+        own = dict.fromkeys(self.targets, targets)
+        chosen = []
+        for group, count in (own | dict(others) | own).items():
+            chosen += [key for key, each in self.prompts.items() if each.group == group][:count]
+        return chosen
 
 
 def draw_grid(
-    runs: Sequence[ListedRun], targets: int = 2, others: int = 2, failures: bool = False
+    runs: Sequence[ListedRun],
+    targets: int = 2,
+    others: Mapping[str, int] | None = None,
+    recognised: bool | None = None,
 ) -> Drawing:
     """A block of rows for each concept, a column for each edit, unedited first.
 
-    A block shows the first `targets` prompts of the concept, or of those whose image fails before
-    the edit (`failures`: an amplified concept), and one of each of the first `others` groups.
-    Pictures of an explicit concept are masked. Raises UserError where no prompt is left to show.
+    A block shows the first `targets` prompts of the concept, or of those in whose image before the
+    edit it was recognised (explicit content) or was not (an amplified concept); then as many of
+    each other group of prompts, general ones too, as `others` says. Pictures of an explicit concept
+    are masked. Raises UserError where no prompt is left to show.
     """
-    blocks: dict[str, dict[str, ConceptImages]] = {}
+    blocks: dict[str, dict[str, RunImages]] = {}
     for run in runs:
-        images = concept_images(run.folder, failures)
+        images = read_images(run.folder, recognised)
         blocks.setdefault(run.place["concept"], {})[run.place[EDIT]] = images
     rows, shown = [], []
     for name, found in blocks.items():
         first = next(iter(found.values()))
-        edited = {edit: images for edit, images in found.items() if AFTER in images.folders}
-        for index in first.choose(targets, others):
-            prompt, pictures = first.prompts[index], {UNEDITED: first.read(BEFORE, index)}
-            pictures |= {edit: images.read(AFTER, index) for edit, images in edited.items()}
+        edited = {edit: images for edit, images in found.items() if images.is_edited}
+        for key in first.choose(targets, others or {}):
+            prompt, pictures = first.prompts[key], {UNEDITED: first.read(BEFORE, key)}
+            pictures |= {edit: images.read(AFTER, key) for edit, images in edited.items()}
             rows.append((f"{name} edited:\n{prompt.group}", pictures))
             facts = {"group": prompt.group, "prompt": prompt.text, "seed": prompt.seed}
-            shown.append({"concept": name, **facts, "index": index})
+            shown.append({"concept": name, **facts, "index": key[1]})
     if not rows:
-        raise UserError("no prompt is left to show: all images are right before the edit")
+        raise UserError("no prompt is left to show: the concept is in all images before the edit")
     says = ["A row has one prompt and seed; columns are edits."]
     return Drawing(_canvas(rows), pd.DataFrame(shown), says)
 
 
-def concept_images(result: Path, failures: bool) -> ConceptImages:
-    """The images of a run's concept; with `failures`, of the targets' those alone that failed.
+def read_images(result: Path, recognised: bool | None) -> RunImages:
+    """The images of a run; of the targets' those alone that were so judged before the edit.
 
-    Raises UserError for a run that judged none.
+    Raises UserError for a run that judged none of its concept.
     """
     metrics, config = read_json(result / "metrics.json"), OmegaConf.load(result / "config.yaml")
-    made = metrics["images"].get(CONCEPT, {})
-    names = {each["folder"] for each in made.values()}
-    records = [each for each in read_lines(result / RECORDS) if each["images"] in names]
-    if not records:
+    made, targets = metrics["images"], metrics["concepts"]
+    uses = {each["folder"]: use for use, sets in made.items() for each in sets.values()}
+    records = [r | {"key": (uses[r["images"]], r["index"])} for r in read_lines(result / RECORDS)]
+    if CONCEPT not in uses.values() or not records:
         raise UserError(f"{result} has no images of its concept to be shown")
+    if recognised is not None:
+        before = [each for each in records if each["state"] == BEFORE]
+        judged = {r["key"]: bool(r[name]) for r in before for name in JUDGEMENTS if name in r}
+        kept = {key for key, value in judged.items() if value == recognised}
+        records = [r for r in records if r["group"] not in targets or r["key"] in kept]
     images = result.parent / os.path.relpath(config.paths.images, config.paths.runs)
-    if failures:
-        wrong = {r["index"] for r in records if r["state"] == BEFORE and r.get("correct") is False}
-        targets = metrics["concepts"]
-        records = [r for r in records if r["group"] not in targets or r["index"] in wrong]
     masked = config.safety.mask and config.concept.kind == EXPLICIT
-    return ConceptImages(
-        targets=metrics["concepts"],
-        prompts={r["index"]: Prompt(r["prompt"], r["seed"], r["group"]) for r in records},
-        folders={state: images / each["folder"] for state, each in made.items()},
+    return RunImages(
+        targets=targets,
+        prompts={r["key"]: Prompt(r["prompt"], r["seed"], r["group"]) for r in records},
+        folders={
+            (use, state): images / each["folder"]
+            for use, sets in made.items()
+            for state, each in sets.items()
+        },
         mask=Masker() if masked else None,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from experiments.tables.figures.ratios import draw_curves, mean_over_concepts
 
 STATES = {"before": (95.0, 76.4, 99.1), "after": (5.0, 0.9, 23.6)}
 GROUPS = ("church", "tench")
+USES = {"concept": GROUPS * 3, "general": ("beach", "skyline")}  # what images measure: their groups
 
 
 def measured(runs: Path, concept: str = "church", ratio: float = 0.01) -> ListedRun:
@@ -92,18 +94,24 @@ def test_places_of_components_are_shares(tmp_path: Path) -> None:
 
 
 def judged(root: Path, edit: str, *, kind: str = "object") -> ListedRun:
-    """A run with three images of two groups in each state; the second church was not recognised."""
+    """A run with three images of two groups, and two of captions, in each state.
+
+    The second church was not recognised before the edit.
+    """
     values = {"before": 10} if edit == "none" else {"before": 10, "after": 200}
     records: list[dict[str, Any]] = []
-    for state, value in values.items():
-        folder = root / "images" / state
+    images: dict[str, dict[str, Any]] = {"concept": {}, "general": {}}
+    for state, (use, groups) in itertools.product(values, USES.items()):
+        folder = root / "images" / f"{use}-{state}"
         folder.mkdir(parents=True, exist_ok=True)
-        for index in range(6):
-            Image.fromarray(np.full((8, 8, 3), value, np.uint8)).save(folder / f"{index:06d}.png")
-            known = {"index": index, "prompt": f"a {GROUPS[index % 2]}", "seed": index}
-            origin = {"state": state, "metric": "accuracy", "images": state}
-            records.append(origin | known | {"group": GROUPS[index % 2], "correct": index != 2})
-    images = {"concept": {state: {"folder": state, "count": 6, "broken": 0} for state in values}}
+        images[use][state] = {"folder": folder.name, "count": len(groups), "broken": 0}
+        for index, group in enumerate(groups):
+            pixels = np.full((8, 8, 3), values[state], np.uint8)
+            Image.fromarray(pixels).save(folder / f"{index:06d}.png")
+            known = {"index": index, "prompt": f"a {group}", "seed": index, "group": group}
+            score = {"score": 0.5} if use == "general" else {"correct": index != 2}
+            origin = {"state": state, "metric": use, "images": folder.name}
+            records.append(origin | known | score)
     run = finished_run(root / "runs", f"x-{edit}", [], edit=edit, records=records, images=images)
     (run.folder / "config.yaml").write_text(
         "paths: {images: /elsewhere/images, runs: /elsewhere/runs}\n"
@@ -114,20 +122,29 @@ def judged(root: Path, edit: str, *, kind: str = "object") -> ListedRun:
 
 def test_grids_have_a_column_for_each_edit_and_the_unedited_first(tmp_path: Path) -> None:
     runs = [judged(tmp_path, "none"), judged(tmp_path, "uce")]
-    drawing = draw_grid(runs, targets=2, others=1)
-    assert list(drawing.data["group"]) == ["church", "church", "tench"]
+    drawing = draw_grid(runs, targets=2, others={"tench": 1, "skyline": 1, "church": 9})
+    assert list(drawing.data["group"]) == ["church", "church", "tench", "skyline"]
+    assert list(drawing.data["index"]) == [0, 2, 1, 1]
     assert list(drawing.data.columns) == ["concept", "group", "prompt", "seed", "index"]
     assert [panel.get_title() for panel in drawing.canvas.axes[:2]] == ["unedited", "uce"]
     shown = [panel.images[0].get_array().mean() for panel in drawing.canvas.axes]
-    assert shown == [10, 200] * 3
-    failed = draw_grid(runs, targets=2, others=0, failures=True)
-    assert list(failed.data["index"]) == [2]
+    assert shown == [10, 200] * 4
     with pytest.raises(UserError, match="no prompt is left"):
-        draw_grid(runs, targets=0, others=0)
+        draw_grid(runs, targets=0)
     bare = finished_run(tmp_path / "runs", "bare", [], images={})
     (bare.folder / "config.yaml").write_text("")
     with pytest.raises(UserError, match="has no images of its concept"):
         draw_grid([bare])
+
+
+@pytest.mark.parametrize(
+    ("recognised", "indices"), [(None, [0, 2, 4]), (False, [2]), (True, [0, 4])]
+)
+def test_the_concepts_rows_are_those_that_were_so_judged(
+    recognised: bool | None, indices: list[int], tmp_path: Path
+) -> None:
+    drawing = draw_grid([judged(tmp_path, "uce")], 3, {"beach": 1}, recognised)
+    assert list(drawing.data["index"]) == [*indices, 0]
 
 
 def test_pictures_of_explicit_content_are_masked(
@@ -136,7 +153,7 @@ def test_pictures_of_explicit_content_are_masked(
     monkeypatch.setattr(
         "experiments.tables.figures.grid.Masker", lambda: lambda pixels: np.zeros_like(pixels)
     )
-    drawing = draw_grid([judged(tmp_path, "uce", kind="explicit")], targets=1, others=0)
+    drawing = draw_grid([judged(tmp_path, "uce", kind="explicit")], targets=1)
     assert [panel.images[0].get_array().mean() for panel in drawing.canvas.axes] == [0, 0]
 
 

@@ -110,7 +110,7 @@ def test_figures_are_made_end_to_end_and_reported(tmp_path: Path, weights: Path)
     common = ["model=mini", "making.fast=true", *passed(weights, tmp_path), "images_per_class=1"]
     for name, part in (
         ("figure7", "concept=church ratio=0.01,0.02"),
-        ("qualitative_objects", "concept=church edit=none,uce"),
+        ("figure3", "edit=uce"),
         ("components", "sign=positive"),
     ):
         given = [f"figure={name}", f'making.filter="{part}"', *common]
@@ -118,12 +118,12 @@ def test_figures_are_made_end_to_end_and_reported(tmp_path: Path, weights: Path)
     folder = tmp_path / "reproduction"
     curves = pd.read_csv(folder / "figure7-mini-fast.csv")
     assert set(curves["ratio"]) == {0.01, 0.02}
-    grid = pd.read_csv(folder / "qualitative_objects-mini-fast.csv")
-    assert list(grid["group"]) == ["church", "tench", "english_springer"]  # one image of each
+    grid = pd.read_csv(folder / "figure3-mini-fast.csv")
+    assert list(grid["group"]) == ["church", "parachute"]  # one image of each
     places = pd.read_csv(folder / "components-mini-fast.csv")
     assert places["share"].sum() == pytest.approx(100)
     assert places["expected"].sum() == pytest.approx(100)
-    for name in ("figure7", "qualitative_objects", "components"):
+    for name in ("figure7", "figure3", "components"):
         for ending in ("png", "pdf", "md", "html", "json"):
             assert (folder / f"{name}-mini-fast.{ending}").stat().st_size
     page = write_report(folder, "mini", shipped=tmp_path / "none").read_text()
