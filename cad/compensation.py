@@ -36,11 +36,11 @@ _ELEMENTS = 2**24  # of the rows' systems that are solved at once
 class Compensation(Identified):
     """Moves the weights that are left. UserError for a value that is not allowed."""
 
-    samples: int = 1  # trajectories of each prompt, otherwise as the attribution's
+    samples: int = 0  # trajectories of each prompt, otherwise as the attribution's; 0: none is made
     damping: float = 0.01  # rho, as a share of the mean of H's diagonal (SparseGPT: 0.01)
 
     def __post_init__(self) -> None:
-        check(self, "edit.compensation", samples=whole(1), damping=positive)
+        check(self, "edit.compensation", samples=whole(0), damping=positive)
 
     def check(self, weights: Mapping[str, Tensor]) -> None:
         """UserError if not all weights are those of linear layers."""
@@ -48,7 +48,7 @@ class Compensation(Identified):
         if other:
             raise UserError(
                 f"edit.compensation is of linear layers alone, and {other[0]} is a convolution: "
-                "use another component, or edit.compensation=null."
+                "use another component, or edit.compensation.samples=0."
             )
 
     @torch.no_grad()

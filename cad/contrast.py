@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -52,7 +52,7 @@ class Contrastive(ScoredEdit):
     penalty: str = "positive"  # P: "positive" | "absolute"
     over: str = "mean"  # the preserved concepts: "mean" | "max"
     weighting: str = "model"  # of Eq. 4's timesteps (`EraseObjective`)
-    compensation: Compensation | None = field(default=None)  # of the chosen weights' loss
+    compensation: Compensation = field(default_factory=Compensation)  # for the chosen weights
 
     def __post_init__(self) -> None:
         check(self, "edit", preserve=texts, preserve_scale=not_negative, over=one_of(OVER))
@@ -65,7 +65,7 @@ class Contrastive(ScoredEdit):
             "preserve_scale": self.preserve_scale,
             "penalty": self.penalty,
             "over": self.over,
-            "compensation": answer(self.compensation),
+            "compensation": answer(self.compensation) if self.compensation.samples else None,
         }
 
     def preserved(self, concepts: Sequence[Concept]) -> list[EraseObjective]:
@@ -85,19 +85,19 @@ class Contrastive(ScoredEdit):
     def rankings(self, model: DiffusionModel, concepts: Sequence[Concept]) -> Iterator[Scored]:
         kept = self.preserved(concepts)
         model.check_prompts([each.concept.prompt for each in kept])
-        if self.compensation is not None:
+        if self.compensation.samples:
             self.compensation.check(component_weights(model, self.attribution.component))
         penalty, cost = self._penalty(model, kept)
         for scored in super().rankings(model, concepts):
             with measure(model.device) as subtracting:
-                scores = contrasted(scored.scores, penalty, self.preserve_scale, self.sign)
-            yield Scored(scores, cost + scored.cost + subtracting.cost)
+                subtract(scored.scores, penalty, self.preserve_scale, self.sign)
+            yield replace(scored, cost=cost + scored.cost + subtracting.cost)
             cost = Cost()  # counts once
 
     def changes(
         self, model: DiffusionModel, concepts: Sequence[Concept], chosen: Mapping[str, Tensor]
     ) -> dict[str, Change]:
-        if self.compensation is None:
+        if not self.compensation.samples:
             return super().changes(model, concepts, chosen)
         prompts = [each.concept.prompt for each in self.preserved(concepts)]
         return self.compensation.changes(model, chosen, prompts, self.attribution)
@@ -158,20 +158,18 @@ def accumulate(
             torch.maximum(total[name], found, out=total[name])
 
 
-def contrasted(
+def subtract(
     scores: Mapping[str, Tensor], penalty: Mapping[str, Tensor], scale: float, sign: int
-) -> dict[str, Tensor]:
-    """S of the module's head, times `sign`: +1 chooses its largest, -1 its smallest.
+) -> None:
+    """Makes of S_c, in place, the module's S times `sign`: +1 chooses its largest, -1 its smallest.
 
-    Without a penalty the scores as they are, brought to their scale. UserError, as `positive_sum`.
+    Without a penalty the scores are only brought to their scale. UserError, as `positive_sum`.
     """
     own = 1 / positive_sum(scores, sign)
-    if not penalty:
-        return {name: own * score for name, score in scores.items()}
-    return {
-        name: torch.sub(own * score, penalty[name], alpha=sign * scale)
-        for name, score in scores.items()
-    }
+    for name, score in scores.items():
+        score.mul_(own)
+        if penalty:
+            score.sub_(penalty[name], alpha=sign * scale)
 
 
 def positive_sum(scores: Mapping[str, Tensor], sign: int = 1) -> float:

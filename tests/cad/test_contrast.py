@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from cad.attribution import Attribution
 from cad.compensation import Compensation, compensated, input_moments
-from cad.contrast import CADContrast, CADContrastAmplify, accumulate, contrasted
+from cad.contrast import CADContrast, CADContrastAmplify, accumulate, subtract
 from cad.digests import parameter_digest
 from cad.edits import CADAmplify, CADErase
 from cad.errors import UserError
@@ -50,8 +50,8 @@ def test_the_contrast_by_hand(penalty, over, sign, expected):
         accumulate(total, scores, penalty, over)
     if over == "mean":
         total = {name: each / 2 for name, each in total.items()}
-    found = contrasted(own, total, 1.0, sign)
-    torch.testing.assert_close(torch.cat([found["a"], found["b"]], 1)[0], torch.tensor(expected))
+    subtract(own, total, 1.0, sign)
+    torch.testing.assert_close(torch.cat([own["a"], own["b"]], 1)[0], torch.tensor(expected))
     assert kept[0]["b"].item() == -6.0  # what was given is as it was
 
 
@@ -120,8 +120,8 @@ def test_settings_tell_edits_apart_and_bad_values_are_named(church, parachute):
         {"penalty": "absolute"},
         {"over": "max"},
         {"weighting": "epsilon"},
-        {"compensation": Compensation()},
-        {"compensation": Compensation(damping=0.1)},
+        {"compensation": Compensation(samples=1)},
+        {"compensation": Compensation(samples=1, damping=0.1)},
     ]
     plain = contrast().settings([church])
     written = {json.dumps(contrast(**each).settings([church]), sort_keys=True) for each in others}
@@ -181,7 +181,7 @@ def test_moments_are_of_the_inputs_on_the_prompts_trajectories(tiny_model):
 def test_compensation_keeps_what_it_is_told_to_and_the_model(tiny_model, church):
     before = parameter_digest(tiny_model.denoiser)
     plain = contrast()(tiny_model, church)
-    made = contrast(compensation=Compensation())(tiny_model, church)
+    made = contrast(compensation=Compensation(samples=1))(tiny_model, church)
     assert parameter_digest(tiny_model.denoiser) == before
     assert made.changes.keys() == plain.changes.keys()
     for name, change in made.changes.items():
@@ -201,6 +201,8 @@ def test_compensation_keeps_what_it_is_told_to_and_the_model(tiny_model, church)
 def test_convolutions_are_not_compensated(tiny_model, church, monkeypatch):
     monkeypatch.setattr(Attribution, "scores", None)  # calling it would be an error
     attribution = Attribution(steps=1, samples=1, component="residual")
-    edit = CADContrast(attribution, SELECTION, preserve=PROMPTS, compensation=Compensation())
+    edit = CADContrast(
+        attribution, SELECTION, preserve=PROMPTS, compensation=Compensation(samples=1)
+    )
     with pytest.raises(UserError, match=r"edit=contrast: edit.compensation is of linear layers"):
         edit(tiny_model, church)

@@ -17,7 +17,7 @@ NUMBERS = range(1, 15)
 COMMIT = "0123456789abcdef"
 FINISHED = "2026-01-02T03:04:05+00:00"
 GRIDS = [f"qualitative_{name}" for name in ("amplified", "explicit", "objects", "styles")]
-FIGURES = ["components", "figure2", "figure7", *GRIDS]
+FIGURES = ["components", "faithfulness", "figure2", "figure7", *GRIDS]
 VERSIONS = [(None, False), ("mini", False), ("mini", True)]
 
 
@@ -84,7 +84,7 @@ def finished_run(
     metrics = {
         "model": {"name": "sd14", "revision": "abc", "dtype": "float16"},
         "concepts": [concept],
-        "edit": {"name": edit, "ratio": ratio, "per": "row", "component": "ff"},
+        "edit": {"name": edit, "ratio": ratio, "per": "row", "unit": "weight", "component": "ff"},
         "seed": 0,
         "sampler": {"steps": 50, "guidance": 7.5, "kind": "default", "batch_size": 16},
         "effect": None,
