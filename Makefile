@@ -10,7 +10,7 @@ WEIGHTS ?= random
 BENCHES ?= estimators editing generation
 
 TABLES := $(addprefix table,1 2 3 4 5 6 7 8 9 10 11 12 13 14)
-FIGURES := figure2 figure7 components
+FIGURES := figure2 figure7 components faithfulness
 OPTIONS = $(if $(MODEL),model=$(MODEL)) \
 	$(if $(filter-out 0 false,$(FAST)),making.fast=true) \
 	$(if $(filter-out 0 false,$(DRY)),making.dry=true) \
@@ -37,7 +37,7 @@ tables: $(READY) ## the paper's tables, or one: make table7 MODEL=mini; also FAS
 $(TABLES): $(READY)
 	$(RUN) table=$(shell printf 'table%02d' $(@:table%=%)) $(OPTIONS)
 
-figures: $(READY) ## its figures, or one: make figure2, figure7, components, qualitative (four grids of pictures)
+figures: $(READY) ## its figures, or one: make figure2, figure7, components, faithfulness, qualitative (four grids of pictures)
 	$(RUN) figure=all $(OPTIONS)
 
 $(FIGURES) qualitative: $(READY)
