@@ -15,6 +15,7 @@ concept that lie in the store serve here too.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -77,9 +78,10 @@ class Contrastive(ScoredEdit):
                 f"edit.preserve={list(self.preserve)} keeps nothing beside what is edited: name "
                 "prompts of other concepts, or use edit=erase."
             )
+        names = {each: "_".join(re.findall(r"[a-z0-9]+", each.lower())) for each in kept}
         return [
-            EraseObjective(Concept(f"preserved_{i}", "object", prompt, prompt), self.weighting)
-            for i, prompt in enumerate(kept, 1)
+            EraseObjective(Concept(names[c] or "preserved", "object", c, c), self.weighting)
+            for c in kept
         ]
 
     def rankings(self, model: DiffusionModel, concepts: Sequence[Concept]) -> Iterator[Scored]:
@@ -99,8 +101,9 @@ class Contrastive(ScoredEdit):
     ) -> dict[str, Change]:
         if not self.compensation.samples:
             return super().changes(model, concepts, chosen)
-        prompts = [each.concept.prompt for each in self.preserved(concepts)]
-        return self.compensation.changes(model, chosen, prompts, self.attribution)
+        preserved = [each.concept.prompt for each in self.preserved(concepts)]
+        edited = [each.prompt for each in concepts]
+        return self.compensation.changes(model, chosen, preserved, edited, self.attribution)
 
     def _penalty(
         self, model: DiffusionModel, kept: Sequence[EraseObjective]

@@ -122,6 +122,7 @@ def test_settings_tell_edits_apart_and_bad_values_are_named(church, parachute):
         {"weighting": "epsilon"},
         {"compensation": Compensation(samples=1)},
         {"compensation": Compensation(samples=1, damping=0.1)},
+        {"compensation": Compensation(samples=1, erase_scale=0)},
     ]
     plain = contrast().settings([church])
     written = {json.dumps(contrast(**each).settings([church]), sort_keys=True) for each in others}
@@ -142,21 +143,24 @@ def test_settings_tell_edits_apart_and_bad_values_are_named(church, parachute):
         contrast(preserve=["church", "parachute"]).settings([church, parachute])
 
 
-def test_compensation_is_the_constrained_least_squares_solution():
+@pytest.mark.parametrize("scale", [0.0, 3.0])
+def test_compensation_is_the_constrained_least_squares_solution(scale):
     torch.manual_seed(0)
-    x = torch.randn(40, 7, dtype=torch.float64) @ torch.randn(7, 7, dtype=torch.float64)
+    mixing = torch.randn(7, 7, dtype=torch.float64)
+    x_k, x_c = (torch.randn(n, 7, dtype=torch.float64) @ mixing for n in (40, 9))
     weight = torch.randn(5, 7, dtype=torch.float64)
     removed = torch.rand(5, 7) < 0.4
     removed[0], removed[1] = False, True  # a row without, and one with nothing left
-    moment, damping = x.T @ x, 0.02
-    rho = damping * moment.diagonal().mean()
-    found = compensated(weight, removed, moment, damping)
+    h_k, h_c, damping = x_k.T @ x_k, scale * x_c.T @ x_c, 0.02
+    rho = damping * h_k.diagonal().mean()
+    found = compensated(weight, removed, h_k, h_c, damping)
     assert torch.equal(found[0], weight[0])
     assert not found[1].any()
     for row, mask, moved in zip(weight, removed, found, strict=True):
-        left = ~mask  # least squares over what is left, with the ridge as rows of data
-        data = torch.cat([x, rho.sqrt() * torch.eye(7, dtype=x.dtype)])
-        solution = torch.linalg.lstsq(data[:, left], (data @ row)[:, None]).solution[:, 0]
+        left, cut = ~mask, row.masked_fill(mask, 0)  # least squares, the ridge as rows of data
+        data = torch.cat([x_k, scale**0.5 * x_c, rho.sqrt() * torch.eye(7, dtype=row.dtype)])
+        wanted = torch.cat([x_k @ row, data[len(x_k) :] @ cut])
+        solution = torch.linalg.lstsq(data[:, left], wanted[:, None]).solution[:, 0]
         torch.testing.assert_close(moved[left], solution)
         assert not moved[mask].any()
 
@@ -168,20 +172,21 @@ def test_moments_are_of_the_inputs_on_the_prompts_trajectories(tiny_model):
     handle = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, 1)))
     sampler = tiny_model.sampler(1, "ddim", 1.0)
     noise = draw_noise(tiny_model, make_generators(range(1), salt="attribution-0"))
-    for prompt in ("", "hut"):
+    for prompt in ("church", "hut"):
         c = tiny_model.encode_prompts([prompt])
         tiny_model.predict(noise * sampler.init_sigma, sampler.timesteps[0], c)
     handle.remove()
     x = torch.cat(seen)
-    found = input_moments(tiny_model, [name], ["hut"], ATTRIBUTION)[name]
-    torch.testing.assert_close(found, x.T @ x, rtol=1e-4, atol=1e-4)
+    found = input_moments(tiny_model, [name], ["church", "hut"], ATTRIBUTION)[name]
+    torch.testing.assert_close(found, x.T @ x / 2, rtol=1e-4, atol=1e-4)
     assert not layer._forward_pre_hooks
 
 
 def test_compensation_keeps_what_it_is_told_to_and_the_model(tiny_model, church):
     before = parameter_digest(tiny_model.denoiser)
     plain = contrast()(tiny_model, church)
-    made = contrast(compensation=Compensation(samples=1))(tiny_model, church)
+    compensation = Compensation(samples=1, erase_scale=0.1)
+    made = contrast(compensation=compensation)(tiny_model, church)
     assert parameter_digest(tiny_model.denoiser) == before
     assert made.changes.keys() == plain.changes.keys()
     for name, change in made.changes.items():
