@@ -136,16 +136,29 @@ def attribute(
 
     if store is None:
         return compute()
-    key = {
+    key = _key(model, objective, attribution)
+    scored, _ = store.get_or_make(key, "the scores", _read, compute, _write)
+    place = attribution.place(model)
+    return replace(scored, scores={name: each.to(place) for name, each in scored.scores.items()})
+
+
+def is_stored(
+    model: DiffusionModel, objective: Objective, attribution: Attribution, store: Store | None
+) -> bool:
+    """Whether `attribute` need not compute these scores."""
+    return store is not None and store.path(_key(model, objective, attribution)).exists()
+
+
+def _key(
+    model: DiffusionModel, objective: Objective, attribution: Attribution
+) -> dict[str, object]:
+    return {
         "version": attribution.version,
         "model": model.provenance(),
         "objective": objective.settings(),
         "attribution": attribution.settings(),
         **describe_runtime(model.device),
     }
-    scored, _ = store.get_or_make(key, "the scores", _read, compute, _write)
-    place = attribution.place(model)
-    return replace(scored, scores={name: each.to(place) for name, each in scored.scores.items()})
 
 
 def _read(path: Path, notes: Notes) -> Scored:

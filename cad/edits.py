@@ -7,7 +7,7 @@ it changes; provenance is done here, once for all.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from cad.objectives import WEIGHTINGS, AmplifyObjective, EraseObjective, Objecti
 from cad.references import References
 from cad.selection import Selection
 from cad.store import Notes, Store
+from cad.units import find_units
 from cad.weight_edit import Change, Scale, WeightEdit, Zero
 
 
@@ -118,24 +119,39 @@ class ScoredEdit(Edit):
         }
 
     def make(self, model: DiffusionModel, concepts: Sequence[Concept]) -> WeightEdit:
-        self.selection.check(component_weights(model, self.attribution.component))
+        weights = component_weights(model, self.attribution.component)
+        units = find_units(model, weights, self.selection.unit)
+        self.selection.check(weights, units)
         chosen: dict[str, Tensor] = {}
         cost = Cost()
-        for concept in concepts:
-            scored = self.scored(model, self.objective(concept))
+        for scored in self.rankings(model, concepts):
             with measure(model.device) as selecting:
-                for name, indices in self.selection.indices(scored.scores, self.sign).items():
+                found = self.selection.indices(scored.scores, self.sign, units)
+                for name, indices in found.items():
                     if name in chosen:
                         indices = torch.cat([chosen[name], indices]).unique()  # ascending
                     chosen[name] = indices
             cost += scored.cost + selecting.cost
-        change = self.change
-        compacted = {name: compact(indices) for name, indices in chosen.items()}
-        return WeightEdit({name: change(each) for name, each in compacted.items()}, cost=cost)
+        with measure(model.device) as changing:
+            changes = self.changes(model, concepts, chosen)
+        return WeightEdit(changes, cost=cost + changing.cost)
+
+    def rankings(self, model: DiffusionModel, concepts: Sequence[Concept]) -> Iterator[Scored]:
+        """What each concept's components are chosen by, one after another; cheap to drop."""
+        for concept in concepts:
+            yield self.scored(model, self.objective(concept))
 
     def scored(self, model: DiffusionModel, objective: Objective) -> Scored:
-        """The scores that are chosen from: the store's, or computed (and kept, if there is one)."""
+        """A concept's scores: the store's, or computed (and kept, if there is one)."""
         return attribute(model, objective, self.attribution, self.store)
+
+    def changes(
+        self, model: DiffusionModel, concepts: Sequence[Concept], chosen: Mapping[str, Tensor]
+    ) -> dict[str, Change]:
+        """What becomes of the weights; `chosen` has flat indices (k,) into each, ascending."""
+        change = self.change
+        compacted = {name: compact(indices) for name, indices in chosen.items()}
+        return {name: change(indices) for name, indices in compacted.items()}
 
     @property
     def change(self) -> Callable[[Tensor], Change]:

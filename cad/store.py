@@ -81,6 +81,10 @@ class Store:
     def __init__(self, root: Path | str) -> None:
         self.root = Path(root)
 
+    def path(self, key: Mapping[str, Any]) -> Path:
+        """Where the thing that `key` determines is, or will be."""
+        return self.root / f"{digest(key)}.safetensors"
+
     def get_or_make(
         self,
         key: Mapping[str, Any],
@@ -96,7 +100,7 @@ class Store:
         damaged file. Raises what `make` raises, and UserError for a folder that cannot be written
         to or locked.
         """
-        path = self.root / f"{digest(key)}.safetensors"
+        path = self.path(key)
         found = _read(path, what, read)
         if found is None:
             with locked(path.with_suffix(".lock"), f"another process is making {what}"):

@@ -339,15 +339,14 @@ def _describe_edit(method: Edit, model: DiffusionModel, edit: WeightEdit) -> dic
         "num_weights": edit.num_weights,
     }
     if not isinstance(method, ScoredEdit):
-        return described | {"ratio": None, "per": None, "component": None}
+        return described | dict.fromkeys(("ratio", "per", "unit", "component"))
     selection, component = method.selection, method.attribution.component
     changed = {name: change.num_weights for name, change in edit.changes.items()}
     weights = [  # in the network's order
         {"name": name, "changed": changed.get(name, 0), "of": weight.numel()}
         for name, weight in component_weights(model, component).items()
     ]
-    ratio = {"ratio": selection.ratio, "per": selection.per, "component": component}
-    return described | ratio | {"weights": weights}
+    return described | selection.settings() | {"component": component, "weights": weights}
 
 
 def _describe_images(images: Images) -> dict[str, dict[str, dict[str, str | int]]]:

@@ -70,7 +70,8 @@ def title(metrics: dict[str, Any]) -> str:
         return f"{concepts} by {model}, unedited"
     how = "" if edit["ratio"] is None else f", ratio {edit['ratio']:g} per {edit['per']}"
     where = f" of {edit['component']}" if how else ""
-    return f"{edit['name']} {concepts}, {model}{how}{where}"
+    by = "" if edit["unit"] in (None, "weight") else f", by {edit['unit']}"
+    return f"{edit['name']} {concepts}, {model}{how}{where}{by}"
 
 
 def join_concepts(metrics: dict[str, Any]) -> str:
@@ -89,6 +90,7 @@ def run_settings(metrics: dict[str, Any]) -> dict[str, Any]:
         "component": edit["component"],
         "ratio": edit["ratio"],
         "per": edit["per"],
+        "unit": edit["unit"],
         "seed": metrics["seed"],
     }
 

@@ -28,7 +28,7 @@ from experiments.run.rendering import (
 from experiments.run.results import read_json
 
 SCOPES = ("target", "others", "general")
-SERIES = ["model", "concept", "edit", "component", "per", "seed", "metric"]
+SERIES = ["model", "concept", "edit", "component", "per", "unit", "seed", "metric"]
 SETTINGS = {*SERIES, "ratio"}  # shown where runs differ in them
 
 logger = logging.getLogger(__name__)

@@ -85,7 +85,7 @@ def label(table: Table, axis: str, value: str) -> str:
         return f"{shown.heading} {shown.better.value}" if shown.better else shown.heading
     if value in table.stands_for:
         return f"{value} (for {table.stands_for[value]})"
-    return value
+    return f"{value} (ours)" if value in table.ours else value
 
 
 def panels(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:

@@ -13,7 +13,7 @@ from hydra.utils import instantiate
 from matplotlib.figure import Figure as Canvas
 
 from experiments.run.curves import save
-from experiments.run.rendering import DASH
+from experiments.run.rendering import DASH, to_markdown
 from experiments.tables.exhibit import Figure, ListedRun
 from experiments.tables.notes import absences, conditions, sentence
 from experiments.tables.publishing import Rendering
@@ -26,6 +26,7 @@ class Drawing:
     canvas: Canvas
     data: pd.DataFrame
     says: Sequence[str] = ()
+    table: pd.DataFrame | None = None  # of ready cells, below the picture
 
 
 def render_figure(figure: Figure, runs: Sequence[ListedRun]) -> Rendering:
@@ -41,8 +42,11 @@ def render_figure(figure: Figure, runs: Sequence[ListedRun]) -> Rendering:
     notes = [*above, *drawing.says, *below]
     files = save(drawing.canvas)
     files["csv"] = drawing.data.to_csv(index=False).encode()
-    files["md"] = _markdown(figure, f"![{figure.full_title}]({figure.name}.png)", notes)
-    return Rendering(notes, files, filled)
+    table = [] if drawing.table is None else [to_markdown(drawing.table).rstrip()]
+    picture = f"![{figure.full_title}]({figure.name}.png)"
+    files["md"] = _markdown(figure, picture, [*table, *notes])
+    panels = {} if drawing.table is None else {"": drawing.table}
+    return Rendering(notes, files, filled, panels)
 
 
 def _markdown(figure: Figure, picture: str, notes: Sequence[str]) -> bytes:

@@ -30,10 +30,10 @@ def write_result(
         for scope, numbers in scopes.items()
     ]
     edit: dict[str, Any] = {"name": "none", "num_weights": 0, "fingerprint": "none"}
-    edit |= {"ratio": None, "per": None, "component": None}
+    edit |= {"ratio": None, "per": None, "unit": None, "component": None}
     if ratio is not None:
         edit |= {"name": "erase", "num_weights": 12345, "fingerprint": "abc"}
-        edit |= {"ratio": ratio, "per": "row", "component": "ff"}
+        edit |= {"ratio": ratio, "per": "row", "unit": "weight", "component": "ff"}
     metrics = {
         "model": {"name": "mini", "revision": "local"},
         "concepts": [concept],

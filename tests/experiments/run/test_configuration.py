@@ -108,6 +108,26 @@ def test_default_ratios(overrides: tuple[str, ...], ratio: float | None) -> None
     assert compose(*overrides).ratio.value == ratio
 
 
+@pytest.mark.parametrize("model", ["mini", "sd14"])
+@pytest.mark.parametrize("concept", ["church", "pop_art", "van_gogh"])
+def test_a_contrast_preserves_prompts_whose_scores_other_edits_need(
+    model: str, concept: str
+) -> None:
+    """Those of the table's other concepts, letter by letter: else nothing is shared."""
+    if (model, concept) in (("mini", "van_gogh"), ("sd14", "pop_art")):
+        return
+    cfg = compose(f"model={model}", f"concept={concept}", "edit=contrast")
+    prompts = {each.prompt for each in _concepts()}
+    assert cfg.concept.prompt in cfg.edit.preserve
+    assert set(cfg.edit.preserve) <= prompts
+    other = compose(f"model={model}", f"concept={concept}", "edit=other_concept").edit.other
+    assert other in prompts - {cfg.concept.prompt}
+
+
+def _concepts() -> list[DictConfig]:
+    return [compose(f"concept={path.stem}").concept for path in CONF.glob("concept/*.yaml")]
+
+
 def test_what_a_ratio_is_of_follows_the_edit() -> None:
     assert compose("edit=erase").ratio.per == "layer"
     assert compose("edit=amplify", "concept=chain_saw").ratio.per == "row"

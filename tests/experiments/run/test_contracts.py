@@ -40,6 +40,9 @@ SMALL_EDITS = {  # what a method needs beside, for a model of one-letter tokens;
         "edit.concept_template='{concept} {filler}'",
         "edit.fillers=[day,hut]",
     ),
+    "contrast": ("edit.preserve=[day]",),
+    "contrast_amplify": ("edit.preserve=[day]",),
+    "other_concept": ("edit.other=day",),
     "rece": ("edit.uce.preserve=[day]",),
     "uce": ("edit.preserve=[day]",),
 }

@@ -16,7 +16,7 @@ from experiments.tables.exhibit import Exhibit, ListedRun, Place, Table, read_ex
 NUMBERS = range(1, 15)
 COMMIT = "0123456789abcdef"
 FINISHED = "2026-01-02T03:04:05+00:00"
-FIGURES = ["components", *(f"figure{number}" for number in range(2, 13))]
+FIGURES = ["components", "faithfulness", *(f"figure{number}" for number in range(2, 13))]
 VERSIONS = [(None, False), ("mini", False), ("mini", True)]
 
 
@@ -83,7 +83,7 @@ def finished_run(
     metrics = {
         "model": {"name": "sd14", "revision": "abc", "dtype": "float16"},
         "concepts": [concept],
-        "edit": {"name": edit, "ratio": ratio, "per": "row", "component": "ff"},
+        "edit": {"name": edit, "ratio": ratio, "per": "row", "unit": "weight", "component": "ff"},
         "seed": 0,
         "sampler": {"steps": 50, "guidance": 7.5, "kind": "default", "batch_size": 16},
         "effect": None,

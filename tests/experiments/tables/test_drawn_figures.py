@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from experiments.tables.exhibit import Figure, ListedRun
 from experiments.tables.figures.components import draw_components
 from experiments.tables.figures.drawing import render_figure
 from experiments.tables.figures.effects import draw_effects
+from experiments.tables.figures.faithfulness import draw_faithfulness
 from experiments.tables.figures.grid import draw_grid
 from experiments.tables.figures.ratios import draw_curves, mean_over_concepts
 
@@ -68,6 +70,42 @@ def test_effects_are_points_with_their_correlation(tmp_path: Path) -> None:
     assert drawing.says[0].startswith("parachute: Pearson r 0.996 [0.8")
     assert "4 random ablations of 0.1 % of the weights" in drawing.says[0]
     assert len(drawing.data) == 4
+
+
+def test_faithfulness_is_the_area_over_the_logarithm_of_the_share(tmp_path: Path) -> None:
+    heights = {  # (class, others) at each share, by scores
+        "erase": {0.01: (80, 90), 0.1: (20, 80), 1.0: (0, 40)},
+        "random": {0.01: (90, 90), 0.1: (90, 80), 1.0: (50, 40)},
+    }
+    runs = []
+    for concept, (scores, curve) in itertools.product(GROUPS, heights.items()):
+        for ratio, (target, others) in curve.items():
+            if (concept, scores, ratio) == ("tench", "random", 1.0):
+                continue  # not run: the concept counts for no area of it
+            rows = [
+                row(value, value - 5, value + 5, scope=scope, state="after")
+                for scope, value in (("target", target), ("others", others))
+            ]
+            rows += [{**each, "state": "before", "value": 95} for each in rows]
+            place = {"scores": scores, "concept": concept}
+            name = f"{concept}-{scores}-{ratio}"
+            runs.append(
+                finished_run(tmp_path, name, rows, place=place, concept=concept, ratio=ratio)
+            )
+    drawing = draw_faithfulness(runs)
+    assert drawing.table is not None
+    assert drawing.table.to_numpy().tolist() == [
+        # (80 + 20) / 2 and (20 + 0) / 2, each over half the span
+        ["erase", "30.0 [30.0, 30.0]", "72.5 [72.5, 72.5]", "42.5 [42.5, 42.5]", "2"],
+        ["random", "80.0 [80.0, 80.0]", "72.5 [72.5, 72.5]", "-7.5 [-7.5, -7.5]", "1"],
+    ]
+    panel = drawing.canvas.axes[0]
+    assert [line.get_label() for line in panel.lines] == ["unedited", "erase", "random"]
+    assert list(panel.lines[1].get_ydata()) == [80, 20, 0]
+    figure = composed_figure("faithfulness", "mini", fast=True)
+    figure.drawing = {"_target_": "experiments.tables.figures.faithfulness.draw_faithfulness"}
+    markdown = render_figure(figure, runs).files["md"].decode()
+    assert re.search(r"\| erase +\| 30\.0 \[30\.0, 30\.0\] +\| 72\.5", markdown)
 
 
 def test_places_of_components_are_shares(tmp_path: Path) -> None:
