@@ -9,7 +9,8 @@ from pure noise, sampling the concept with guidance up to a random step.
 
 Phi is the network in its own parameterisation. The target is an affine combination of predictions
 at one x_t, and there v and epsilon differ by eps = alpha_t v + sigma_t x_t: the same x_0 is aimed
-at; the squared error of v is that of epsilon divided by alpha_t^2.
+at; the squared error of v is that of epsilon divided by alpha_t^2, and that of the clean latent
+by (alpha_t / sigma_t)^2.
 
 All walks of an optimiser step are one batch, in which every element has its own noise, concept and
 random step, and leaves at that step.

@@ -85,7 +85,7 @@ class EraseObjective(Objective):
 
     weighting "model" takes the norm in the model's own parameterisation, "epsilon" that of the
     noises which the predictions stand for (`DiffusionModel.epsilon_weight`): the published form,
-    also for a model that predicts v. Raises UserError for another weighting.
+    also for a model that predicts v or x_0. Raises UserError for another weighting.
     """
 
     name = "erase"

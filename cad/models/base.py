@@ -1,6 +1,7 @@
 """The interface every diffusion model is used through; a new family is one class.
 
-Phi is the network in its own parameterisation (epsilon, v or flow velocity), as in the paper.
+Phi is the network in its own parameterisation, as in the paper: epsilon, v, the clean latent or a
+flow's velocity.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ class DiffusionModel(ABC):
     @property
     @abstractmethod
     def prediction_type(self) -> str:
-        """The parameterisation of Phi: "epsilon", "v_prediction" or "flow"."""
+        """The parameterisation of Phi: "epsilon", "v_prediction", "sample" (x_0) or "flow"."""
 
     @abstractmethod
     def surroundings_digest(self) -> str:
@@ -168,7 +169,7 @@ class DiffusionModel(ABC):
 
     @abstractmethod
     def target(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """The value that Phi(x_t, c, t) is trained to predict: epsilon, v, or the flow's velocity.
+        """What Phi(x_t, c, t) is trained to predict: epsilon, v, x_0, or the flow's velocity.
 
         x_0 and noise (N, C, h, w), t () or (N,); returns (N, C, h, w).
         """

@@ -1,7 +1,7 @@
 """Stable Diffusion 1.x and 2.x, and the miniature: one CLIP text encoder and a UNet.
 
-Phi predicts the noise (epsilon; SD 1.x) or the velocity v = alpha_t * epsilon - sigma_t * x_0
-(SD 2.1, the miniature), with alpha_t^2 = alpha_bar_t.
+Phi predicts the noise (epsilon; SD 1.x), the velocity v = alpha_t * epsilon - sigma_t * x_0
+(SD 2.1, the miniature) or the clean latent x_0 ("sample"), with alpha_t^2 = alpha_bar_t.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from cad.errors import UserError
 from cad.models.conditioning import Conditioning
 from cad.models.pipeline import PipelineModel
 
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
 
 class StableDiffusionModel(PipelineModel):
     """Adapter over a `StableDiffusionPipeline`. Its conditioning is "states", (N, L, D)."""
@@ -33,8 +35,9 @@ class StableDiffusionModel(PipelineModel):
         # DDIM's default clips x_0 to [-1, 1], which is meant for pixels: latents are not bounded.
         ddim = DDIMScheduler.from_config(scheduler.config, clip_sample=False)
         predicts = ddim.config.prediction_type
-        if predicts not in ("epsilon", "v_prediction"):
-            raise UserError(f"model={name} predicts {predicts!r}, not epsilon or v_prediction.")
+        if predicts not in PREDICTION_TYPES:
+            known = ", ".join(PREDICTION_TYPES)
+            raise UserError(f"model={name} predicts {predicts!r}; known are {known}.")
         return ddim
 
     @property
@@ -59,6 +62,8 @@ class StableDiffusionModel(PipelineModel):
     def target(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         if self.prediction_type == "epsilon":
             return noise
+        if self.prediction_type == "sample":
+            return x_0
         # In float32, because the scheduler takes alpha_bar_t into the dtype of its arguments.
         velocity: Tensor = self._ddim.get_velocity(x_0.float(), noise.float(), t.expand(len(x_0)))
         return velocity.to(x_0.dtype)
@@ -68,12 +73,14 @@ class StableDiffusionModel(PipelineModel):
         return x_t.to(x_0.dtype)  # in float32 until here, as in `target`
 
     def epsilon_weight(self, t: Tensor) -> float:
-        """alpha_bar_t for v, 1 for epsilon.
+        """1 for epsilon, alpha_bar_t for v, alpha_bar_t / (1 - alpha_bar_t) for the clean latent.
 
         From x_t = alpha_t x_0 + sigma_t eps and v = alpha_t eps - sigma_t x_0, with alpha_t^2 +
         sigma_t^2 = 1, follows eps = alpha_t v + sigma_t x_t. Two predictions at one x_t thus differ
-        by eps_c - eps_b = alpha_t (v_c - v_b), and || . ||^2 by alpha_t^2 = alpha_bar_t.
+        by eps_c - eps_b = alpha_t (v_c - v_b), and || . ||^2 by alpha_t^2 = alpha_bar_t. Likewise
+        eps = (x_t - alpha_t x_0) / sigma_t, and || . ||^2 by (alpha_t / sigma_t)^2.
         """
         if self.prediction_type == "epsilon":
             return 1.0
-        return float(self._ddim.alphas_cumprod[int(t)])
+        alpha_bar = float(self._ddim.alphas_cumprod[int(t)])
+        return alpha_bar / (1 - alpha_bar) if self.prediction_type == "sample" else alpha_bar

@@ -21,6 +21,7 @@ from cad.attribution import (
 )
 from cad.components import component_weights
 from cad.errors import UserError
+from cad.models.stable_diffusion import PREDICTION_TYPES
 from cad.objectives import AmplifyObjective, EraseObjective
 from cad.references import LatentFile
 from cad.sampling import make_generators
@@ -56,9 +57,10 @@ def brute_force_erase(model, concept, settings, weighting="model"):
     for t in scheduler.timesteps:
         phi = {text: model.denoiser(x, t, s).sample for text, s in states.items()}
         a, s = scheduler.alphas_cumprod[t].sqrt(), (1 - scheduler.alphas_cumprod[t]).sqrt()
-        seen = phi  # what the norm is taken of: v, or the noise it stands for
+        seen = phi  # what the norm is taken of: Phi, or the noise it stands for
         if weighting == "epsilon":
-            seen = {text: a * v + s * x for text, v in phi.items()}
+            clean = scheduler.config.prediction_type == "sample"
+            seen = {k: (x - a * v) / s if clean else a * v + s * x for k, v in phi.items()}
         base = seen[concept.base_prompt].detach()
         total = total + (base - seen[concept.prompt]).pow(2).sum() / n
         guided = (1 - settings.guidance) * phi[""] + settings.guidance * phi[concept.prompt]
@@ -79,10 +81,12 @@ def assert_scores_equal(scores, expected):
     ("component", "weighting", "base_prompt"),
     [("ff", "model", ""), ("residual", "model", ""), ("ff", "epsilon", ""), ("ff", "model", "hut")],
 )
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_erase_scores_equal_brute_force(
-    tiny_model, parachute, component, weighting, base_prompt, batch_size
+    tiny_model, parachute, component, weighting, base_prompt, batch_size, prediction_type
 ):
+    tiny_model._ddim.register_to_config(prediction_type=prediction_type)
     concept = replace(parachute, base_prompt=base_prompt)
     settings = replace(SETTINGS, component=component, batch_size=batch_size)
     scores = settings.scores(tiny_model, EraseObjective(concept, weighting))
@@ -132,13 +136,13 @@ def brute_force_amplify(model, x_0):
             noise = torch.randn(image.shape, generator=generator)
             a, s = scheduler.alphas_cumprod[t].sqrt(), (1 - scheduler.alphas_cumprod[t]).sqrt()
             prediction = model.denoiser((a * image + s * noise)[None], t, c).sample[0]
-            epsilon = scheduler.config.prediction_type == "epsilon"
-            target = noise if epsilon else a * noise - s * image
+            targets = {"epsilon": noise, "v_prediction": a * noise - s * image, "sample": image}
+            target = targets[scheduler.config.prediction_type]
             total = total - (target - prediction).pow(2).mean() / SETTINGS.samples
     return weights_times_gradients(weights, total)
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_amplify_scores_equal_brute_force(tiny_model, parachute, tmp_path, prediction_type):
     tiny_model._ddim.register_to_config(prediction_type=prediction_type)
     x_0 = torch.randn(2, *tiny_model.latent_shape, generator=torch.Generator().manual_seed(1))

@@ -7,7 +7,6 @@ import logging
 
 import pytest
 import torch
-from cad.digests import parameter_digest
 from safetensors.torch import save_file
 
 from cad.attribution import Attribution
@@ -15,6 +14,7 @@ from cad.compensation import Compensation, compensated, input_moments
 from cad.contrast import CADContrast, CADContrastAmplify, accumulate, subtract
 from cad.edits import CADAmplify, CADErase
 from cad.errors import UserError
+from cad.identity import parameter_digest
 from cad.objectives import EraseObjective
 from cad.references import LatentFile
 from cad.sampling import draw_noise, make_generators

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import RESOLUTION, pretrained
+from conftest import RESOLUTION, build_pipeline, pretrained
 
 from cad.attribution import Attribution
 from cad.components import component_weights
+from cad.models.stable_diffusion import StableDiffusionModel
 from cad.objectives import AmplifyObjective, EraseObjective
 from cad.sampling import draw_noise, make_generators, sample_latents
 
@@ -18,14 +19,19 @@ SEEDS = (3, 4)
 SCALES = {"tiny": (0.5, 0.0), "sdxl": (0.13025, 0.0), "sd35_medium": (1.5305, 0.0609)}
 
 
+@pytest.fixture
+def clean():
+    return StableDiffusionModel("tiny", build_pipeline("sample"), RESOLUTION)
+
+
 @pytest.fixture(params=["xl", "flow"])
 def model(request):
     return request.getfixturevalue(request.param)
 
 
-@pytest.fixture(params=["tiny_model", "xl", "flow"])
+@pytest.fixture(params=["tiny_model", "xl", "flow", "clean"])
 def any_model(request):
-    """Of v, the noise, and a flow."""
+    """Of v, the noise, a flow, and the clean latent."""
     return request.getfixturevalue(request.param)
 
 
@@ -78,14 +84,15 @@ def test_the_forward_process_is_computed_in_float32(any_model, dtype, t):
 
 @pytest.mark.parametrize("t", [9, 500, 999])
 def test_epsilon_weight_turns_differences_of_predictions_into_differences_of_noise(any_model, t):
-    """At one x_t, eps_c - eps_b = sqrt(weight) (v_c - v_b): the docstrings' claim."""
+    """At one x_t, eps_c - eps_b = +- sqrt(weight) (v_c - v_b): the docstrings' claim."""
     model, t = any_model, torch.tensor(t)
     x_0, noise, other = latents(model)
     zeros, ones = torch.zeros_like(x_0), torch.ones_like(x_0)
     rest = model.add_noise(x_0, noise, t) - model.add_noise(other, zeros, t)
     noise_of_other = rest / model.add_noise(zeros, ones, t)
     v_c, v_b = model.target(x_0, noise, t), model.target(other, noise_of_other, t)
-    turned = model.epsilon_weight(t) ** 0.5 * (v_c - v_b)
+    sign = -1 if model.prediction_type == "sample" else 1
+    turned = sign * model.epsilon_weight(t) ** 0.5 * (v_c - v_b)
     torch.testing.assert_close(turned, noise - noise_of_other, rtol=1e-3, atol=2e-3)
 
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 import pytest
 import torch
 from conftest import MAX_TOKENS, RESOLUTION, build_pipeline, pretrained
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from linear_toy import LinearToyModel
 from transformers import CLIPTokenizer
 
@@ -15,7 +16,7 @@ from cad.errors import UserError
 from cad.models import conditioning, pipeline
 from cad.models import pretrained as loading
 from cad.models.base import resolve_device, resolve_dtype
-from cad.models.stable_diffusion import StableDiffusionModel
+from cad.models.stable_diffusion import PREDICTION_TYPES, StableDiffusionModel
 
 
 def test_offloaded_parts_visit_the_device_while_they_work(folder, tiny_model, monkeypatch):
@@ -137,8 +138,25 @@ def test_resolutions_that_do_not_divide_are_refused(tiny_pipeline, resolution):
 
 
 def test_unknown_parameterisations_are_refused():
-    with pytest.raises(UserError, match="predicts 'sample'"):
-        StableDiffusionModel("tiny", build_pipeline("sample"), RESOLUTION)
+    with pytest.raises(UserError, match="predicts 'noise'; known are epsilon, v_prediction, sam"):
+        StableDiffusionModel("tiny", build_pipeline("noise"), RESOLUTION)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize(
+    "scheduler_class", [DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler]
+)
+def test_schedulers_find_the_clean_latent_in_the_target(prediction_type, scheduler_class):
+    """The adapter's training target, as a prediction, is what diffusers takes it for."""
+    model = StableDiffusionModel("tiny", build_pipeline(prediction_type), RESOLUTION)
+    scheduler = scheduler_class.from_config(model._ddim.config, clip_sample=False)
+    scheduler.set_timesteps(10)
+    x_0, noise = torch.randn(2, 1, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    t = scheduler.timesteps[4]
+    step = scheduler.step(model.target(x_0, noise, t), t, model.add_noise(x_0, noise, t))
+    multistep = scheduler_class is DPMSolverMultistepScheduler
+    found = scheduler.model_outputs[-1] if multistep else step.pred_original_sample
+    torch.testing.assert_close(found, x_0, rtol=1e-4, atol=1e-4)
 
 
 def test_text_is_encoded_as_by_the_pipeline(tiny_pipeline, tiny_model):

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from evaluation.statistics import Interval, bootstrap_mean
 from matplotlib.axes import Axes
 from scipy.integrate import trapezoid
 
+from evaluation.evaluators.base import Interval, bootstrap_mean
 from experiments.run.curves import (
     BLACK,
     BLUE,
