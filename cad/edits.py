@@ -50,7 +50,7 @@ class Edit(ABC):
             made = self.make(model, concepts)
         except UserError as error:
             raise UserError(f"edit={self.name}: {error}") from error
-        return replace(made, provenance=provenance)
+        return replace(made, provenance=provenance | {"rounded": rounded_fingerprints(model)})
 
     def identity(self, concepts: Sequence[Concept]) -> dict[str, Any]:
         """All that determines the edit beside model and machine; JSON-able. Loads no weights."""
@@ -226,6 +226,13 @@ def _read(path: Path, notes: Notes) -> WeightEdit:
 def _write(path: Path, edit: WeightEdit) -> Notes:
     edit.save(path)
     return {"cost": asdict(edit.cost), "history": list(edit.history)}
+
+
+def rounded_fingerprints(model: DiffusionModel) -> dict[str, str]:
+    """Those of a float32 model's weights in half precision, by dtype; {} of another model."""
+    if model.dtype != torch.float32:
+        return {}
+    return {dtype: model.rounded_fingerprint(dtype) for dtype in ("float16", "bfloat16")}
 
 
 def compact(indices: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cad.checks import one_of
-from cad.digests import parameter_digest
+from cad.digests import parameter_digest, tensors_digest
 from cad.errors import UserError
 from cad.models.conditioning import Conditioning
 from cad.models.sampler import Sampler
@@ -117,6 +117,11 @@ class DiffusionModel(ABC):
     def forget_digests(self) -> None:
         """To be called by whoever changes weights for good: `provenance` then hashes again."""
         self._digests = None
+
+    def rounded_fingerprint(self, dtype: str) -> str:
+        """The `fingerprint` of the same weights, loaded as another dtype; computed every time."""
+        named = self.denoiser.named_parameters()
+        return tensors_digest((name, weight.to(DTYPES[dtype])) for name, weight in named)
 
     @property
     @abstractmethod
