@@ -25,7 +25,7 @@ RUN = $(BIN)/python run.py
 export PYTHONDONTWRITEBYTECODE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run tables figures status report $(TABLES) $(FIGURES) bench bench-full test check check-ray check-oldest lint types format miniature clean
+.PHONY: help run tables figures status report docs $(TABLES) $(FIGURES) bench bench-full test check check-ray check-oldest lint types format miniature clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,10 @@ status: $(READY) ## of all tables and figures: runs done and missing; MODEL=mini
 
 report: $(READY) ## every table and figure that was made, in one HTML page; MODEL=mini
 	$(BIN)/python -m experiments.tables.report $(if $(MODEL),model=$(MODEL)) $(ARGS)
+
+docs: $(DEV) ## the documentation as a site with the API's reference, in results/site/index.html
+	$(BIN)/pip install -q --disable-pip-version-check -e ".[docs]"
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/mkdocs build --strict --quiet
 
 bench: $(READY) ## speed on the miniature against what it replaces (hours on two cores), into results/bench; BENCHES=generation for one
 	for bench in $(BENCHES); do $(BIN)/python -m experiments.benchmarks.$$bench $(ARGS) || exit; done

@@ -232,7 +232,7 @@ def make_edit(
             made = method.make(model, concepts)
         except UserError as error:
             raise UserError(f"edit={method.name}: {error}") from error
-        return replace(made, provenance=key)
+        return replace(made, provenance=key | {"rounded": rounded_fingerprints(model)})
 
     if store is None:
         return make(), None
@@ -249,6 +249,13 @@ def _read(path: Path, notes: Notes) -> WeightEdit:
 def _write(path: Path, edit: WeightEdit) -> Notes:
     edit.save(path)
     return {"cost": asdict(edit.cost), "history": list(edit.history)}
+
+
+def rounded_fingerprints(model: DiffusionModel) -> dict[str, str]:
+    """Those of a float32 model's weights in half precision, by dtype; {} of another model."""
+    if model.dtype != torch.float32:
+        return {}
+    return {dtype: model.rounded_fingerprint(dtype) for dtype in ("float16", "bfloat16")}
 
 
 def compact(indices: Tensor) -> Tensor:

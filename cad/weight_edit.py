@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from cad.errors import UserError
 from cad.identity import tensors_digest
 from cad.instrument import Cost
-from cad.models.base import DiffusionModel
+from cad.models.adapters import adapt
+from cad.models.base import DTYPES, DiffusionModel
 from cad.store import DamagedFileError, read_tensors, write_tensors
 
 FORMAT = "cad-weight-edit/1"
@@ -131,7 +132,9 @@ class WeightEdit:
     """Changes of a denoiser's weights by parameter name, with their provenance.
 
     `provenance` is JSON-able; its "model" is `DiffusionModel.provenance()` of the model that the
-    edit was made for. `cost` and `history`, a record per training step, are not stored.
+    edit was made for, and "rounded" has the fingerprints of the same weights in half precision:
+    loaded as such, they take the edit too. `cost` and `history`, a record per training step, are
+    not stored.
     """
 
     changes: Mapping[str, Change]
@@ -154,30 +157,47 @@ class WeightEdit:
             if each.num_weights
         )
 
+    def __repr__(self) -> str:
+        given = self.provenance
+        concepts = ", ".join(each["name"] for each in given.get("concepts", ()))
+        made = f"{given.get('edit', 'edit')} {concepts}".strip()
+        model = given.get("model", {}).get("id", "no model")
+        return f"WeightEdit({made}: {self.num_weights:,} weights of {model})"
+
     @contextmanager
-    def applied(self, model: DiffusionModel) -> Iterator[None]:
+    def applied(self, model: Any) -> Iterator[None]:
         """Edits the model inside the block; bit for bit as before after it, also if it raises.
 
-        Edits nest: `model.edits` has those that are applied and change something, innermost last.
+        `model` is a `DiffusionModel` or a diffusers pipeline (`cad.models.adapters.adapt`). Edits
+        nest: `model.edits` has those that are applied and change something, innermost last.
         Raises UserError, with the model untouched, if the edit was made for another.
         """
-        weights = self._checked_weights(model)
-        outer = model.edits
+        adapter = adapt(model)
+        weights = self._checked_weights(adapter)
+        outer = adapter.edits
         saved: dict[str, Tensor] = {}
         try:
-            with torch.no_grad():
-                for name, change in self.changes.items():
-                    index = change.where(weights[name])
-                    saved[name] = weights[name][index].clone()
-                    weights[name][index] = change.values(saved[name])
+            self._change(weights, saved)
             if self.num_weights:
-                model.edits = (*outer, self)
+                adapter.edits = (*outer, self)
             yield
         finally:
-            model.edits = outer
+            adapter.edits = outer
             with torch.no_grad():
                 for name, original in saved.items():
                     weights[name][self.changes[name].where(weights[name])] = original
+
+    def apply_for_good(self, model: Any) -> None:
+        """Edits the model's weights without a way back. Raises what `applied` raises."""
+        self._change(self._checked_weights(adapt(model)), {})
+
+    @torch.no_grad()
+    def _change(self, weights: Mapping[str, nn.Parameter], saved: dict[str, Tensor]) -> None:
+        """Changes the weights, and puts what was there before into `saved`."""
+        for name, change in self.changes.items():
+            index = change.where(weights[name])
+            saved[name] = weights[name][index].clone()
+            weights[name][index] = change.values(saved[name])
 
     def save(self, path: Path | str) -> None:
         """Writes one safetensors file, atomically. Equal edits give equal bytes."""
@@ -225,12 +245,22 @@ class WeightEdit:
         made_for, given = self.provenance.get("model"), model.provenance()
         if not isinstance(made_for, Mapping) or not made_for.keys() >= set(IDENTITY):
             raise UserError("the edit does not say which model it was made for: provenance.model.")
-        if made_for["fingerprint"] != given["fingerprint"]:
+        if made_for["fingerprint"] != given["fingerprint"] and not self._is_rounded(model):
             theirs, ours = ({key: each[key] for key in IDENTITY} for each in (made_for, given))
             raise UserError(
                 f"the edit was made for other weights than model={model.name}: {theirs}, and this "
                 f"is {ours}. Load that one, or make the edit again for this one."
             )
+
+    def _is_rounded(self, model: DiffusionModel) -> bool:
+        """Whether the model's weights are those of the edit's, one of the two in half precision."""
+        made_for, ours = self.provenance["model"], str(model.dtype).removeprefix("torch.")
+        if ours == made_for["dtype"] or made_for["dtype"] not in DTYPES:
+            return False
+        if ours == "float32":
+            return bool(model.rounded_fingerprint(made_for["dtype"]) == made_for["fingerprint"])
+        rounded = self.provenance.get("rounded", {}).get(ours)
+        return bool(rounded == model.provenance()["fingerprint"])
 
 
 def _change(tensor: Tensor, kind: str, factor: float | None) -> Change:

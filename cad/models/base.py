@@ -18,7 +18,7 @@ from torch import Generator, Tensor, nn
 
 from cad.checks import one_of
 from cad.errors import UserError
-from cad.identity import parameter_digest
+from cad.identity import parameter_digest, tensors_digest
 from cad.models.conditioning import Conditioning, TokenSpace
 from cad.models.sampler import Sampler
 
@@ -116,6 +116,11 @@ class DiffusionModel(ABC):
         """
         pipeline = self.surroundings_digest()
         return {"fingerprint": parameter_digest(self.denoiser), "pipeline": pipeline}
+
+    def rounded_fingerprint(self, dtype: str) -> str:
+        """The `fingerprint` of the same weights, loaded as another dtype; computed every time."""
+        named = self.denoiser.named_parameters()
+        return tensors_digest((name, weight.to(DTYPES[dtype])) for name, weight in named)
 
     @property
     @abstractmethod

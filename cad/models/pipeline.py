@@ -43,7 +43,6 @@ class PipelineModel(DiffusionModel):
         Raises UserError for a resolution that the networks cannot divide, a foreign tokenizer, or a
         scheduler that `first_order` refuses.
         """
-        pipeline.set_progress_bar_config(disable=True)
         self._located = located
         self._scheduler = pipeline.scheduler
         self._first_order = self.first_order(name, pipeline.scheduler)
@@ -57,7 +56,7 @@ class PipelineModel(DiffusionModel):
         self.vae = pipeline.vae.eval().requires_grad_(False)
         # Subtracted from latents before they are scaled; only SD 3 has one.
         self._shift = float(self.vae.config.shift_factor or 0.0)
-        self._pixels_per_latent = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self._pixels_per_latent = pixels_per_latent(self.vae)
         denoiser = getattr(pipeline, self.denoiser_name)
         config, side = denoiser.config, resolution // self._pixels_per_latent
         multiple = config.get("patch_size") or 2 ** (len(config.block_out_channels) - 1)
@@ -74,6 +73,12 @@ class PipelineModel(DiffusionModel):
 
         Raises UserError for one of model `name` that the adapter cannot work with.
         """
+
+    @classmethod
+    def default_resolution(cls, pipeline: Any) -> int:
+        """The pixels per side of the images that a pipeline makes unless it is told otherwise."""
+        denoiser = getattr(pipeline, cls.denoiser_name)
+        return int(denoiser.config.sample_size) * pixels_per_latent(pipeline.vae)
 
     @property
     def tokenizer(self) -> Any:
@@ -162,6 +167,11 @@ class PipelineModel(DiffusionModel):
         with visiting(self.vae, x_0.device):
             pixels: Tensor = self.vae.decode(latents, return_dict=False)[0]  # (N, 3, H, W)
         return (pixels.float() / 2 + 0.5).clamp(0, 1)  # from [-1, 1]
+
+
+def pixels_per_latent(vae: Any) -> int:
+    """How many pixels of a side one latent stands for: each level but the last halves it."""
+    return int(2 ** (len(vae.config.block_out_channels) - 1))
 
 
 def _check_tokenizer(name: str, text: TextEncoder) -> None:

@@ -62,9 +62,18 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_weights(tmp_path_factory.mktemp("miniature"))
 
 
+def write_inputs(folder: Path, model: StableDiffusionModel, *concepts: str) -> None:
+    """What edits read from files: latents of the concepts, a denoiser that was trained further."""
+    latents = {concept: torch.ones(1, *model.latent_shape) for concept in concepts}
+    save_file(latents, folder / "references.safetensors")
+    trained = {name: weight + 1 for name, weight in list(model.denoiser.named_parameters())[:2]}
+    save_file(trained, folder / "unet.safetensors")
+
+
 def build_edit(name: str, folder: Path) -> Edit:
     """The edit of conf/edit/NAME.yaml in a small configuration, its caches below `folder`."""
-    paths = (f"paths.miniature={folder}", f"paths.results={folder}")
+    paths = [f"paths.miniature={folder}", f"paths.results={folder}"]
+    paths += [f"edit.path={folder / 'unet.safetensors'}"] * (name == "file")
     small = (*SMALL, *SMALL_EDITS.get(name, ()), *paths)
     edit = build(compose(f"edit={name}", *small).edit)
     assert isinstance(edit, Edit)
@@ -75,8 +84,7 @@ def build_edit(name: str, folder: Path) -> Edit:
 @pytest.mark.parametrize("name", options("edit"))
 def test_edit(name: str, tiny_model: StableDiffusionModel, church: Concept, tmp_path: Path) -> None:
     """Deterministic; leaves model and random state as found; is saved, loaded, applied, undone."""
-    x_0 = torch.ones(1, *tiny_model.latent_shape)
-    save_file({"church": x_0}, tmp_path / "references.safetensors")
+    write_inputs(tmp_path, tiny_model, "church")
     before, random = parameter_digest(tiny_model.denoiser), torch.get_rng_state()
     made = build_edit(name, tmp_path)(tiny_model, church)
     assert parameter_digest(tiny_model.denoiser) == before
@@ -102,8 +110,7 @@ def test_edit_is_deterministic(
     fingerprints = set()
     for folder in (tmp_path / "a", tmp_path / "b"):
         folder.mkdir()
-        latents = torch.ones(1, *tiny_model.latent_shape)
-        save_file({"church": latents}, folder / "references.safetensors")
+        write_inputs(folder, tiny_model, "church")
         fingerprints.add(build_edit(name, folder)(tiny_model, church).fingerprint)
     assert len(fingerprints) == 1
 
@@ -112,8 +119,7 @@ def test_edit_is_deterministic(
 def test_edit_of_several_concepts(
     name: str, tiny_model: StableDiffusionModel, church: Concept, parachute: Concept, tmp_path: Path
 ) -> None:
-    x_0 = torch.ones(1, *tiny_model.latent_shape)
-    save_file({"church": x_0, "parachute": x_0.clone()}, tmp_path / "references.safetensors")
+    write_inputs(tmp_path, tiny_model, "church", "parachute")
     edit = build_edit(name, tmp_path)
     made = edit(tiny_model, church, parachute)
     assert [concept["name"] for concept in made.provenance["concepts"]] == ["church", "parachute"]

@@ -1,0 +1,103 @@
+"""An edit as something to give away: python -m cad.export edit.safetensors --model MODEL --out DIR
+
+Writes the edited pipeline in diffusers' layout, or with --edit-only the edit's file and a loader of
+a few lines for people without this package; with a model card made of the edit's provenance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub import HfApi
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from cad.errors import UserError
+from cad.files import file_digest
+from cad.models.base import DTYPES
+from cad.weight_edit import WeightEdit
+
+LOADER = Path(__file__).with_name("apply_edit.py")
+EDIT = "edit.safetensors"
+
+
+def export(
+    path: Path, out: Path, model: str | None = None, dtype: str | None = None, whole: bool = True
+) -> Path:
+    """Writes the edit at `path` into the folder `out`, which must be new or empty; returns it.
+
+    `whole`: the edited pipeline of `model`, a hub id or a folder, as `dtype`; by default those that
+    the edit was made for. Otherwise the edit alone. Raises UserError for an edit that cannot be
+    read, a model that does not load or has other weights, and a folder with files in it.
+    """
+    edit = WeightEdit.load(path)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out} is there already: name a new folder.")
+    made_for = edit.provenance.get("model", {})
+    source = model or str(made_for.get("id", ""))
+    if whole:
+        pipeline = _pipeline(source, model, made_for, dtype)
+        edit.apply_for_good(pipeline)
+        pipeline.save_pretrained(out)
+    out.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(path, out / EDIT)
+    if not whole:
+        shutil.copyfile(LOADER, out / LOADER.name)
+    card = _card(edit, source, whole, file_digest(path))
+    (out / "README.md").write_text(card, encoding="utf-8")
+    return out
+
+
+def _pipeline(source: str, model: str | None, made_for: Any, dtype: str | None) -> Any:
+    """The unedited pipeline on the CPU. UserError where it cannot be loaded."""
+    wanted = DTYPES[dtype or made_for.get("dtype", "float32")]
+    options: dict[str, Any] = {} if model else {"revision": made_for.get("revision")}
+    try:
+        return DiffusionPipeline.from_pretrained(source, dtype=wanted, **options)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"the model {source!r} that the edit was made for does not load ({error}). Name a hub "
+            "id or a folder in diffusers' layout: --model experiments/miniature/weights/pipeline."
+        ) from error
+
+
+def _card(edit: WeightEdit, source: str, whole: bool, sha256: str) -> str:
+    templates = Environment(
+        loader=PackageLoader("cad", "."), undefined=StrictUndefined, trim_blocks=True
+    )
+    changed = [(name, change.kind, change.num_weights) for name, change in edit.changes.items()]
+    return templates.get_template("model_card.md.j2").render(
+        edit=edit, made=edit.provenance, source=source, whole=whole, sha256=sha256, changed=changed
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m cad.export", description=__doc__)
+    parser.add_argument("edit", type=Path, help="the edit's file, edit.safetensors of a result")
+    parser.add_argument("--out", type=Path, required=True, help="a new folder")
+    parser.add_argument("--model", help="hub id or folder of the unedited pipeline")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; default: the edit's")
+    parser.add_argument("--edit-only", action="store_true", help="no weights but the edit's")
+    parser.add_argument("--push", metavar="REPO", help="upload the folder to the hub as USER/NAME")
+    given = parser.parse_args(arguments)
+    try:
+        out = export(given.edit, given.out, given.model, given.dtype, not given.edit_only)
+        if given.push:
+            HfApi().create_repo(given.push, exist_ok=True)
+            HfApi().upload_folder(repo_id=given.push, folder_path=out)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return 2
+    print(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))}")  # noqa: T201
+    return 0
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        sys.exit(main())
