@@ -15,8 +15,9 @@ from PIL import Image
 
 from cad.errors import UserError
 from cad.files import locked, write_atomically
+from experiments.run.rendering import run_settings
 from experiments.run.results import ResultFolder, read_json, read_lines
-from experiments.run.tracking import PICTURES, Tracker, harmless, run_settings
+from experiments.run.tracking import PICTURES, Tracker, harmless
 from experiments.run.values import measured, scalars
 
 

@@ -16,6 +16,7 @@ import cad
 from cad.errors import UserError
 from cad.export import main
 from cad.models.adapters import adapt
+from cad.references import GeneratedImages
 from cad.weight_edit import Replace, WeightEdit, Zero
 
 FEW = {"steps": 2, "samples": 1}
@@ -68,7 +69,9 @@ def test_three_lines_on_a_plain_pipeline(pipeline, edit, tmp_path, capsys):
 def test_several_concepts_and_amplifying(pipeline):
     both = cad.erase(pipeline, ["church", "golf ball"], ratio=0.05, **FEW)
     assert [each["name"] for each in both.provenance["concepts"]] == ["church", "golf_ball"]
-    amplified = cad.amplify(pipeline, "golf ball", ratio=0.05, steps=1, samples=1)
+    drawn = GeneratedImages(count=1, steps=1)
+    few = {"steps": 1, "samples": 1, "references": drawn}
+    amplified = cad.amplify(pipeline, "golf ball", ratio=0.05, **few)
     assert amplified.provenance["edit"] == "amplify"
 
 
