@@ -172,7 +172,7 @@ class WeightEdit:
         nest: `model.edits` has those that are applied and change something, innermost last.
         Raises UserError, with the model untouched, if the edit was made for another.
         """
-        adapter = adapt(model)
+        adapter = model if isinstance(model, DiffusionModel) else adapt(model)
         weights = self._checked_weights(adapter)
         outer = adapter.edits
         saved: dict[str, Tensor] = {}

@@ -1,27 +1,24 @@
 """Accuracy: the share of images that a classifier calls by the name of their group.
 
-Of objects: a folder (`small_resnet`), or torchvision's ResNet-50 with IMAGENET1K_V2, its own
-transforms, as the paper's Table 1 has it. Of styles: CLIP, zero-shot (Radford et al., "Learning
-Transferable Visual Models From Natural Language Supervision", 2021, Sec. 3.1.4).
+The classifier is a folder's (`small_resnet`), or torchvision's ResNet-50 with IMAGENET1K_V2, its
+own transforms, as the paper's Table 1 has it; `zero_shot` has those for styles and for any names.
 """
 
 from __future__ import annotations
 
 import textwrap
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torchvision
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torchvision.models import ResNet50_Weights, resnet50
 
-from cad.concepts import with_article
 from cad.errors import UserError
 from cad.identity import immaterial
 from cad.models.base import resolve_device
@@ -32,10 +29,9 @@ from evaluation.evaluators.base import (
     Record,
     to_channels_first,
 )
-from evaluation.evaluators.clip_score import ClipFolder
 from evaluation.evaluators.small_resnet import ClassifierFolder
 from evaluation.pixels import Pixels, require_uint8
-from evaluation.prompts import OBJECT_TEMPLATE, STYLE_TEMPLATE, Prompt, in_order
+from evaluation.prompts import Prompt
 
 RESNET_WEIGHTS = ResNet50_Weights.IMAGENET1K_V2
 RESNET_FILE = Download(
@@ -45,7 +41,6 @@ RESNET_FILE = Download(
     digest=Path(RESNET_WEIGHTS.url).stem.split("-")[-1],  # how torchvision names its files
     size_mb=98,
 )
-NO_STYLE = "no_style"
 
 
 class Classifier(Instrument):
@@ -147,55 +142,6 @@ class TorchvisionResNet50(Classifier):
         x = to_channels_first(images).to(resolve_device(self.device))
         logits: Tensor = self.network(RESNET_WEIGHTS.transforms()(x))  # (N, 3, 224, 224)
         return logits.softmax(dim=1).cpu()
-
-
-class StyleAccuracy(Accuracy):
-    """Accuracy in percent of a classifier of styles."""
-
-    name: ClassVar[str] = "style_accuracy"
-    version: ClassVar[int] = 1  # its own, not Accuracy's
-
-
-@dataclass(frozen=True)
-class ZeroShotStyles(Classifier):
-    """The nearest style in the space of a CLIP: a style is the mean of its captions' embeddings.
-
-    `styles` and `subjects` are {name: text}; the captions are "an image of a church in the style of
-    pop art" for every pair, and "an image of a church" for no style, which is a class too, so an
-    image whose style was erased has somewhere to go.
-    """
-
-    clip: ClipFolder
-    styles: Mapping[str, str]
-    subjects: Mapping[str, str]
-
-    def settings(self) -> dict[str, Any]:
-        styles, subjects = in_order(self.styles), in_order(self.subjects)
-        return {"clip": self.clip.identity(), "styles": styles, "subjects": subjects}
-
-    @property
-    def label(self) -> str:
-        return f"{self.clip.label}/{len(self.classes)}-way"
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return (*self.styles, NO_STYLE)
-
-    @cached_property
-    def network(self) -> Tensor:
-        """The styles' unit vectors, (styles + 1, D)."""
-        subjects = [with_article(text) for text in self.subjects.values()]
-        captions = [
-            [STYLE_TEMPLATE.format(subject=subject, style=style) for subject in subjects]
-            for style in self.styles.values()
-        ]
-        captions.append([OBJECT_TEMPLATE.format(subject=subject) for subject in subjects])
-        means = [self.clip.embed_texts(texts).mean(dim=0) for texts in captions]
-        return F.normalize(torch.stack(means), dim=1)
-
-    def probabilities(self, images: Pixels) -> Tensor:
-        cosines = self.clip.embed_images(images) @ self.network.T  # (N, styles + 1)
-        return (self.clip.logit_scale * cosines).softmax(dim=1)
 
 
 def canonical(name: str) -> str:

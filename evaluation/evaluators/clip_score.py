@@ -70,6 +70,11 @@ WEIGHTS = {
 class Embedder(Instrument):
     """Maps images and texts to unit vectors (N, D), float32 on the CPU, of one space."""
 
+    @property
+    @abstractmethod
+    def logit_scale(self) -> float:
+        """The factor of cosines that the network was trained with."""
+
     @abstractmethod
     def embed_images(self, images: Pixels) -> Tensor:
         """(N, D) of uint8 (N, H, W, 3) RGB."""
@@ -155,6 +160,10 @@ class OpenClipEmbedder(Embedder):
             )
         return model.eval().requires_grad_(False).to(resolve_device(self.device)), transform
 
+    @property
+    def logit_scale(self) -> float:
+        return float(self.network[0].logit_scale.exp())
+
     @torch.no_grad()
     def embed_images(self, images: Pixels) -> Tensor:
         model, transform = self.network
@@ -208,7 +217,6 @@ class ClipFolder(Embedder):
 
     @property
     def logit_scale(self) -> float:
-        """The factor of cosines that the network was trained with."""
         return float(self.network[0].logit_scale.exp())
 
     @torch.no_grad()

@@ -27,9 +27,9 @@ from PIL import Image
 
 from cad.files import write_atomically
 from cad.models.base import DiffusionModel
-from evaluation.evaluators.accuracy import NO_STYLE
 from evaluation.evaluators.base import Evaluator, score_image_set, wilson
 from evaluation.evaluators.small_resnet import load_classifier
+from evaluation.evaluators.zero_shot import NO_STYLE
 from evaluation.generation import generate
 from evaluation.image_sets import ImageSet
 from evaluation.prompts import ObjectPrompts, PromptSet, StylePrompts

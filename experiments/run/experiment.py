@@ -22,7 +22,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from cad.components import component_weights
 from cad.concepts import Concept
-from cad.edits import Edit, NoEdit, ScoredEdit, make_edit
+from cad.edits import CADAmplify, Edit, NoEdit, ScoredEdit, make_edit
 from cad.errors import UserError
 from cad.files import link_or_copy, write_atomically
 from cad.identity import answer, describe_runtime
@@ -283,8 +283,9 @@ def _check_loaded(experiment: Experiment, model: DiffusionModel, prompts: Prompt
         except UserError as error:
             other = "Other evaluators judge any images: evaluator=[lpips,clip_score]"
             raise UserError(f"{str(error).rstrip('.')}. {other}") from error
-    given = experiment.method, experiment.concepts, experiment.evaluators
-    check_photographs(*given, model.resolution)
+    if isinstance(method, CADAmplify):
+        given = method, experiment.concepts, experiment.evaluators
+        check_photographs(*given, model.resolution)
     if experiment.attacks is not None:
         experiment.attacks.check(model, prompts[ATTACKED])
     gc.collect()

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from cad.concepts import Concept
-from cad.edits import CADAmplify, Edit
+from cad.edits import CADAmplify
 from cad.errors import UserError
 from cad.references import ImageFolder
 from evaluation.evaluators.base import Evaluator
@@ -19,14 +19,17 @@ from evaluation.prompts import Prompt
 
 
 def check_photographs(
-    method: Edit, concepts: Sequence[Concept], evaluators: Sequence[Evaluator], resolution: int
+    method: CADAmplify,
+    concepts: Sequence[Concept],
+    evaluators: Sequence[Evaluator],
+    resolution: int,
 ) -> None:
     """Raise UserError for pictures that are missing, damaged, or judged to show something else.
 
     Those of the evaluators judge that can; without one the pictures are opened and no more. Weights
     are loaded into copies, which are let go. `resolution` is the model's, in pixels.
     """
-    if not isinstance(method, CADAmplify) or not isinstance(method.references, ImageFolder):
+    if not isinstance(method.references, ImageFolder):
         return
     judges = [copy.deepcopy(each) for each in evaluators if each.judges is not None]
     for concept in concepts:

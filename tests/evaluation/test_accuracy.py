@@ -19,17 +19,17 @@ from weights import MAX_TOKENS, SUBJECTS
 
 from cad.errors import UserError
 from evaluation.evaluators import accuracy
-from evaluation.evaluators.accuracy import (
-    NO_STYLE,
-    Accuracy,
-    Classifier,
-    FolderClassifier,
-    StyleAccuracy,
-    ZeroShotStyles,
-)
+from evaluation.evaluators.accuracy import Accuracy, Classifier, FolderClassifier
 from evaluation.evaluators.base import score_image_set, wilson
 from evaluation.evaluators.clip_score import ClipFolder
 from evaluation.evaluators.small_resnet import SmallResNet, load_classifier, resize, save_classifier
+from evaluation.evaluators.zero_shot import (
+    NO_STYLE,
+    OpenAccuracy,
+    StyleAccuracy,
+    ZeroShotObjects,
+    ZeroShotStyles,
+)
 from evaluation.image_sets import ImageSet
 from evaluation.prompts import Prompt
 
@@ -218,3 +218,17 @@ def test_clip_folder_resizes_and_refuses(metrics, tmp_path):
     CLIPTokenizer(vocab={"a": 0}, merges=[]).save_pretrained(copy)
     with pytest.raises(UserError, match="its tokenizer does not fit"):
         ClipFolder(copy, "cpu").load()
+
+
+def test_any_names_are_classes():
+    class Colours(StubClip):
+        def embed_texts(self, texts: Sequence[str]) -> Tensor:
+            axes = {"an image of a lighthouse": 0, "an image of an owl": 1}
+            return torch.eye(4)[[axes[text] for text in texts]]
+
+    evaluator = OpenAccuracy(ZeroShotObjects(Colours(), {"lighthouse": "lighthouse", "owl": "owl"}))
+    records = evaluator.score(plain((9, 0, 0), (0, 9, 0)), prompts("lighthouse", "lighthouse"))
+    assert [record["predicted"] for record in records] == ["lighthouse", "owl"]
+    assert evaluator.aggregate(records).value == 50.0
+    with pytest.raises(UserError, match=r"church.*lighthouse, owl"):
+        evaluator.check(prompts("church"))

@@ -36,6 +36,7 @@ class Colors(Embedder):
     """An image's direction is its first pixel's color; a text's is looked up."""
 
     label = "stub-1"
+    logit_scale = 1.0
 
     def __init__(self) -> None:
         self.asked: list[list[str]] = []

@@ -12,7 +12,7 @@ from PIL import Image
 
 from cad.attribution import Attribution
 from cad.concepts import Concept
-from cad.edits import CADAmplify, NoEdit
+from cad.edits import CADAmplify
 from cad.errors import UserError
 from cad.references import ImageFolder
 from cad.selection import Selection
@@ -65,7 +65,6 @@ def test_photographs_are_those_that_the_classifier_gets_right(tmp_path: Path) ->
         check_photographs(amplify(tmp_path), [HORN], [Bright()], 64)
     check_photographs(amplify(tmp_path, verify=False), [HORN], [Bright()], 64)
     check_photographs(amplify(tmp_path), [HORN], [], 64)
-    check_photographs(NoEdit(), [HORN], [Bright()], 64)
     (tmp_path / "french_horn" / "b.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"b\.png cannot be read"):
         check_photographs(amplify(tmp_path, verify=False), [HORN], [], 64)

@@ -22,8 +22,9 @@ from experiments.run.results import (
     write_lines,
     write_records,
 )
-from experiments.run.tracking import MARKER, Tracker, WandbTracker
+from experiments.run.tracking import Tracker
 from experiments.run.values import scalars
+from experiments.run.wandb_tracking import MARKER, WandbTracker
 
 ABOUT = {"config": {"seed": 0}, "group": "sweep-1", "job_type": "erase", "tags": ["mini"]}
 LABELS = ["FACE_FEMALE", "FACE_MALE"]

@@ -12,7 +12,7 @@ import wandb
 from tables_fixture import composed_figure, finished_run, row, small_table
 
 from cad.errors import UserError
-from experiments.run.tracking import WandbTracker
+from experiments.run.wandb_tracking import WandbTracker
 from experiments.tables.layout import render_table
 from experiments.tables.publishing import Rendering, publish
 from experiments.tables.report import SHIPPED, write_report

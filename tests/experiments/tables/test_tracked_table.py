@@ -12,7 +12,7 @@ from wandb_file import read_offline_run
 
 from experiments.run import configuration, experiment
 from experiments.run.results import EDIT, read_json, write_json, write_lines
-from experiments.run.tracking import MARKER
+from experiments.run.wandb_tracking import MARKER
 from experiments.tables import make
 
 CONFIG = "evaluator: {nudity: {labels: [FACE_FEMALE, FACE_MALE]}}\n"
