@@ -21,9 +21,9 @@ from cad.errors import UserError
 from cad.files import content_digest, write_atomically
 from cad.identity import Identified, immaterial
 from cad.models.hub import TRANSPORT_ERROR, why_it_failed, why_nothing_comes
+from cad.places import REPOSITORY
 
 TIMEOUT = 20.0  # seconds that a server may be silent
-REPOSITORY = Path(__file__).resolve().parent.parent
 LOCAL_COPY = "a local copy of the file: prompts.path=FILE"
 
 logger = logging.getLogger(__name__)

@@ -22,8 +22,8 @@ from omegaconf import DictConfig, Node, OmegaConf
 
 from cad.checks import number, optional, whole
 from cad.errors import UserError
+from cad.places import IS_CHECKOUT, REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 CONF = REPOSITORY / "conf"
 GROUPS = {  # the key of a prompt set's configuration that names the groups of its images
     "evaluation.prompts.ObjectPrompts": "subjects",
@@ -51,6 +51,8 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("default_evaluators", default_evaluators, replace=True)
     OmegaConf.register_new_resolver("short_hash", short_hash, replace=True, use_cache=True)
     OmegaConf.register_new_resolver("repository", lambda: str(REPOSITORY), replace=True)
+    home = REPOSITORY if IS_CHECKOUT else Path.cwd()
+    OmegaConf.register_new_resolver("home", lambda: str(home), replace=True)
 
 
 @contextmanager
