@@ -19,7 +19,7 @@ from huggingface_hub import constants
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
-from experiments.run.configuration import REPOSITORY
+from cad.places import REPOSITORY
 
 FORK = multiprocessing.get_context("fork")
 QUIET = {"COLUMNS": "150", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}

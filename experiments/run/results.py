@@ -43,9 +43,9 @@ from safetensors.numpy import save
 from cad.errors import UserError
 from cad.files import file_digest, locked, write_atomically
 from cad.identity import LIBRARIES, library_version, short_digest
+from cad.places import REPOSITORY
 from evaluation.evaluators.base import Record
 from evaluation.image_sets import TEMPORARY_FILES
-from experiments.run.configuration import REPOSITORY
 
 MANIFEST = "manifest.json"
 EDIT = "edit.safetensors"

@@ -13,7 +13,7 @@ from functools import partial
 
 import pandas as pd
 
-from experiments.run.configuration import REPOSITORY
+from cad.places import REPOSITORY
 from experiments.run.rendering import DASH, to_markdown
 from experiments.tables.cells import Cell, build_cells, read_published
 from experiments.tables.exhibit import AVERAGE, METRIC, ListedRun, Table

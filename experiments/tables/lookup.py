@@ -19,8 +19,9 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 
 from cad.files import write_atomically
+from cad.places import REPOSITORY
 from experiments.run.command_line import find_mistake
-from experiments.run.configuration import CONF, REPOSITORY, Compose
+from experiments.run.configuration import CONF, Compose
 from experiments.tables.exhibit import ListedRun
 
 CODE = ("cad", "baselines", "evaluation", "experiments/run", "experiments/miniature/weights")

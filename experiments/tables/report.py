@@ -21,8 +21,8 @@ from omegaconf import DictConfig
 
 from cad.errors import UserError
 from cad.files import write_atomically
+from cad.places import REPOSITORY
 from experiments.run.command_line import exit_status
-from experiments.run.configuration import REPOSITORY
 from experiments.run.results import read_json
 from experiments.tables.exhibit import MINIATURE, by_number
 from experiments.tables.publishing import Section, page, read_section, render

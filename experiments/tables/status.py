@@ -22,8 +22,9 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Column, Table
 
+from cad.places import REPOSITORY
 from experiments.run.command_line import exit_status
-from experiments.run.configuration import CONF, REPOSITORY, Compose, composer
+from experiments.run.configuration import CONF, Compose, composer
 from experiments.tables.exhibit import (
     MINIATURE,
     SCHEMAS,

@@ -23,8 +23,9 @@ from standins import write_standins
 from cad.errors import UserError
 from cad.models.base import DiffusionModel
 from cad.models.stable_diffusion import StableDiffusionModel
+from cad.places import REPOSITORY
 from cad.weight_edit import WeightEdit
-from experiments.run.configuration import REPOSITORY, build, compose
+from experiments.run.configuration import build, compose
 from experiments.run.results import read_json
 
 MODELS = ("sd14", "sd21", "sdxl", "sd35")

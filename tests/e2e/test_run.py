@@ -17,7 +17,7 @@ from programs import FORK, Ended
 from record_files import read_records
 from weights import write_weights
 
-from experiments.run.configuration import REPOSITORY
+from cad.places import REPOSITORY
 from experiments.run.results import read_lines
 
 DETERMINISTIC = ("edit.safetensors", "records.jsonl", "metrics.json", "before_after.png")

@@ -15,9 +15,10 @@ from huggingface_hub.errors import GatedRepoError
 from cad.errors import UserError
 from cad.identity import digest
 from cad.models import hub
+from cad.places import REPOSITORY
 from evaluation import prompt_sources
 from evaluation.prompt_files import Columns, Layout, PromptFile, Rules
-from evaluation.prompt_sources import REPOSITORY, HubFile, ShippedFile, WebFile
+from evaluation.prompt_sources import HubFile, ShippedFile, WebFile
 from evaluation.prompts import Prompt, PromptSet, build_prompts
 from experiments.run.configuration import compose
 

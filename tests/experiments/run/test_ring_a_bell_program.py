@@ -18,13 +18,14 @@ from cad.errors import UserError
 from cad.models.pretrained import Pretrained
 from cad.models.random_weights import random_pipeline
 from cad.models.stable_diffusion_xl import StableDiffusionXLModel
+from cad.places import REPOSITORY
 from cad.store import Store
 from evaluation import prompt_sources
 from evaluation.attacks.ring_a_bell import Found, RingABell
 from evaluation.prompts import build_prompts
 from experiments.ring_a_bell import PROMPT_SET, build_search, build_starts, make_prompts
 from experiments.run import configuration
-from experiments.run.configuration import REPOSITORY, build
+from experiments.run.configuration import build
 
 # The random weights' tokenizer has letters alone, so the texts of the pairs are short.
 QUICK = ("search.tokens=3", "search.population=6", "search.generations=2", "count=3", "device=cpu")

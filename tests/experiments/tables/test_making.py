@@ -21,8 +21,9 @@ from tables_fixture import finished_run, row
 from cad.errors import UserError
 from cad.identity import short_digest
 from cad.models.hub import Source
+from cad.places import REPOSITORY
 from experiments.run import experiment
-from experiments.run.configuration import REPOSITORY, compose
+from experiments.run.configuration import compose
 from experiments.run.results import ResultFolder
 from experiments.tables import make
 from experiments.tables.exhibit import Exhibit

@@ -11,7 +11,7 @@ import programs
 import pytest
 from weights import write_weights
 
-from experiments.run.configuration import REPOSITORY
+from cad.places import REPOSITORY
 from experiments.tables.report import write_report
 
 PAGE = (REPOSITORY / "docs" / "extending.md").read_text(encoding="utf-8")
