@@ -10,10 +10,13 @@ import errno
 import json
 import logging
 import os
+import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import InstantiationException
 from hydra.experimental.callback import Callback
@@ -101,6 +104,7 @@ class JobEnds(Callback):
         _end_unless_writable(config)
         for link in Path(config.hydra.sweep.dir).glob(f"*/{LINK}"):
             link.unlink()  # of an earlier run of the same command
+        self._count, self._began = _count_jobs(config), time.monotonic()
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         error = job_return._return_value if job_return.status == JobStatus.FAILED else None
@@ -109,6 +113,7 @@ class JobEnds(Callback):
             log.error("%s", message)
         if config.hydra.mode == RunMode.MULTIRUN:
             folder = Path(config.hydra.runtime.output_dir)
+            self._tell_progress(config)
             if error is None:
                 note(folder, result=job_return.return_value)
                 return
@@ -118,6 +123,15 @@ class JobEnds(Callback):
             job_return.return_value, job_return.status = None, JobStatus.COMPLETED
         elif message:
             raise SystemExit(USAGE_ERROR)
+
+    def _tell_progress(self, config: DictConfig) -> None:
+        """Log how many jobs are done and the time to go, where they run one after another."""
+        if not config.hydra.launcher._target_.endswith(".BasicLauncher"):
+            return
+        done, spent = config.hydra.job.num + 1, time.monotonic() - self._began
+        left = spent / done * (self._count - done)
+        times = f"{_clock(spent)} so far, about {_clock(left)} to go"
+        log.info("%d of %d runs done: %s", done, self._count, times)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         from experiments.run.sweep import summarise  # imports PyTorch
@@ -130,6 +144,18 @@ def note(job: Path, result: Path | None = None, error: str | None = None) -> Non
     """Leave a job's result, or why it has none, in the job's own folder of the multirun."""
     told = {"folder": None if result is None else str(result), "error": error}
     write_atomically(job / LINK, json.dumps(told).encode())
+
+
+def _count_jobs(config: DictConfig) -> int:
+    """The number of a multirun's jobs."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+    parsed = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+    return sum(len(batch) for batch in BasicSweeper.split_arguments(parsed, None))
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
 
 
 def _end_unless_writable(config: DictConfig) -> None:

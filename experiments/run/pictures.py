@@ -18,6 +18,7 @@ CELL = 128  # pixels of an image in the picture
 GAP = 4  # pixels between images
 LABEL = 26  # pixels of the line above each column
 MARGIN = 56  # pixels left of each row
+NAME_MARGIN = 130  # likewise, of rows with an edit's name and ratio
 ATTACK_MARGIN = 90  # likewise, of rows with longer names
 TARGET_COLUMNS = 4
 OTHER_COLUMNS = 6
@@ -44,6 +45,35 @@ def before_after(
     columns = choose_prompts(prompts, targets, each, OTHER_COLUMNS)
     rows = {title: [images.read(index) for index in columns] for title, images in states.items()}
     _write_grid(rows, [prompts[index].group for index in columns], MARGIN, path, mask)
+
+
+def side_by_side(pictures: Mapping[str, Path], path: Path) -> None:
+    """Write a PNG out of those that `before_after` wrote of the same prompts, by their runs' names.
+
+    Before the edit once, then a row for each run after it; unedited runs have none.
+    """
+    read = {}
+    for name, picture in pictures.items():
+        with Image.open(picture) as image:
+            read[name] = image.convert("RGB")
+    first, head = next(iter(read.values())), LABEL + CELL + GAP
+    rows = {"Original": first.crop((MARGIN, LABEL, first.width, head))}
+    edited = {name: image for name, image in read.items() if image.height > head}
+    rows |= {
+        name: image.crop((MARGIN, head, image.width, image.height))
+        for name, image in edited.items()
+    }
+    wider = NAME_MARGIN - MARGIN
+    size = (first.width + wider, LABEL + len(rows) * (CELL + GAP))
+    canvas = Image.new("RGB", size, "white")
+    canvas.paste(first.crop((MARGIN, 0, first.width, LABEL)), (NAME_MARGIN, 0))
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(FONT_SIZE)
+    for number, (name, images) in enumerate(rows.items()):
+        top = LABEL + number * (CELL + GAP)
+        draw.text((GAP, top + CELL // 2), name, fill="black", font=font, anchor="lm")
+        canvas.paste(images, (NAME_MARGIN, top))
+    with atomic_path(path) as temporary:
+        canvas.save(temporary, format="PNG")
 
 
 def attack_picture(

@@ -5,6 +5,7 @@ Cells are formatted here and nowhere else, so all of them show the same digits.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from rich.table import Table
 
 from cad.models.base import RANDOM
 from experiments.run.groups import MEAN
+from experiments.run.names import display, display_words
 from experiments.run.results import read_json
 
 DASH = "–"  # nothing was measured
@@ -62,8 +64,9 @@ def show_table(frame: pd.DataFrame, caption: str, console: Console | None = None
 
 
 def title(metrics: dict[str, Any]) -> str:
-    """The run in a line: "erase parachute, mini, ratio 0.01 per row of ff"."""
-    edit, concepts, model = metrics["edit"], join_concepts(metrics), metrics["model"]["name"]
+    """The run in a line: "CAD-Erase parachute, mini, ratio 0.01 per row of ff"."""
+    edit, model = metrics["edit"], metrics["model"]["name"]
+    concepts = display_words(join_concepts(metrics))
     if metrics["model"]["revision"] in RANDOM:
         model = f"{model} (RANDOM WEIGHTS: costs, not effects)"
     if edit["name"] == "none":
@@ -71,7 +74,7 @@ def title(metrics: dict[str, Any]) -> str:
     how = "" if edit["ratio"] is None else f", ratio {edit['ratio']:g} per {edit['per']}"
     where = f" of {edit['component']}" if how else ""
     by = "" if edit["unit"] in (None, "weight") else f", by {edit['unit']}"
-    return f"{edit['name']} {concepts}, {model}{how}{where}{by}"
+    return f"{display(edit['name'])} {concepts}, {model}{how}{where}{by}"
 
 
 def join_concepts(metrics: dict[str, Any]) -> str:
@@ -109,6 +112,20 @@ def tidy(result: Path) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def compare_runs(results: Sequence[dict[str, Any]]) -> tuple[pd.DataFrame, str]:
+    """One row per run, from their metrics.json: what they differ in, then metrics by scope.
+
+    Also what they have in common, in words: "mini, edit erase, seed 0". Cells are text.
+    """
+    settings = pd.DataFrame([run_settings(each) for each in results]).astype(object)
+    settings = settings.fillna(DASH).astype(str).map(display_words)
+    varying = [key for key in settings if settings[key].nunique() > 1]
+    common = settings.drop(columns=varying).iloc[0]
+    words = [f"{key} {value}" for key, value in common.items() if value != DASH]
+    scored = pd.DataFrame([_changes(each) for each in results]).fillna(DASH)
+    return pd.concat([settings[varying], scored], axis="columns"), ", ".join(words)
+
+
 def find_metric(
     metrics: dict[str, Any], name: str, scope: str, state: str
 ) -> dict[str, Any] | None:
@@ -126,6 +143,19 @@ def format_interval(row: dict[str, Any] | None) -> str:
         return DASH
     value, low, high = (f"{row[key]:.{row['decimals']}f}" for key in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"
+
+
+def _changes(metrics: dict[str, Any]) -> dict[str, str]:
+    """ "95.0 → 5.0 [0.9, 23.6]", before and after with its interval, by metric and scope."""
+    found = {}
+    for name, scope in dict.fromkeys((r["name"], r["scope"]) for r in metrics["metrics"]):
+        if scope == "group":
+            continue
+        before = find_metric(metrics, name, scope, "before")
+        after = find_metric(metrics, name, scope, "after")
+        words = f"{before['value']:.{before['decimals']}f} → " if before and after else ""
+        found[f"{display_words(name)}, {scope}"] = words + format_interval(after or before)
+    return found
 
 
 def _metric_row(metrics: dict[str, Any], name: str, scope: str) -> list[str]:

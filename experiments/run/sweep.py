@@ -1,35 +1,36 @@
-"""The end of a multirun: one table of all its runs, and accuracy against ratio (Figure 7).
+"""The end of a multirun: one table of all its runs, plots, and their pictures side by side.
 
 Every job leaves `result.json` in its own folder of the multirun: the result's folder, or the
 message it failed with. So the summary needs nothing of the jobs' processes, and is made of what
-finished also where a job failed. Files: sweep.csv, table.md, and plot.png, plot.pdf where some
-configuration was run at two ratios or more.
+finished also where a job failed. Files: sweep.csv, table.md; plot.png, .pdf and .svg where some
+configuration was run at two ratios or more; edits.png, .pdf and .svg where a concept was edited by
+two methods or more; CONCEPT.png, the pictures of runs on the same images side by side.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 
 from cad.files import write_atomically
 from experiments.run.command_line import LINK
-from experiments.run.curves import draw_ratios, save
+from experiments.run.curves import draw_edits, draw_ratios, save
+from experiments.run.names import display, display_words
+from experiments.run.pictures import side_by_side
 from experiments.run.rendering import (
-    DASH,
-    find_metric,
-    format_interval,
-    run_settings,
+    compare_runs,
+    join_concepts,
     show_table,
     tidy,
     to_markdown,
 )
 from experiments.run.results import read_json
 
-SCOPES = ("target", "others", "general")
+UNEDITED = "none"
 SERIES = ["model", "concept", "edit", "component", "per", "unit", "seed", "metric"]
-SETTINGS = {*SERIES, "ratio"}  # shown where runs differ in them
 
 logger = logging.getLogger(__name__)
 
@@ -49,33 +50,51 @@ def summarise(folder: Path) -> bool:
     if results:
         frame = pd.concat([tidy(result) for result in results], ignore_index=True)
         write_atomically(folder / "sweep.csv", frame.to_csv(index=False).encode())
-        table = sweep_table(results)
-        write_atomically(folder / "table.md", to_markdown(table).encode())
-        told = [key for key in table if key not in SETTINGS or table[key].nunique() > 1]
-        show_table(table[told], f"{len(results)} run{'s' if len(results) > 1 else ''}")
-        series = ratio_series(frame)
-        for ending, content in (save(draw_ratios(series)) if series else {}).items():
-            write_atomically(folder / f"plot.{ending}", content)
-            logger.info("accuracy against ratio: %s", folder / f"plot.{ending}")
+        table, common = compare_runs([read_json(each / "metrics.json") for each in results])
+        caption = f"{len(results)} run{'s' if len(results) > 1 else ''}: {common}"
+        write_atomically(folder / "table.md", f"{caption}\n\n{to_markdown(table)}".encode())
+        show_table(table.map(lambda cell: cell.replace(" [", "\n[")), caption)
+        _draw(frame, folder)
+        for name, pictures in shown_together(results).items():
+            side_by_side(pictures, folder / f"{name}.png")
+            logger.info("side by side: %s", folder / f"{name}.png")
         logger.info("sweep folder: %s", folder)
     return all(link["error"] is None for link in links.values())
 
 
-def sweep_table(results: list[Path]) -> pd.DataFrame:
-    """One row per run and metric: settings, then its scopes before and after, as text."""
-    rows = []
+def _draw(frame: pd.DataFrame, folder: Path) -> None:
+    """Write the plots that there is something for."""
+    ratios, edits = ratio_series(frame), edit_series(frame)
+    drawn = {"plot": draw_ratios(ratios)} if ratios else {}
+    drawn |= {"edits": draw_edits(edits)} if edits else {}
+    for name, canvas in drawn.items():
+        for ending, content in save(canvas).items():
+            write_atomically(folder / f"{name}.{ending}", content)
+        logger.info("plot: %s", folder / f"{name}.png")
+
+
+def shown_together(results: Sequence[Path]) -> dict[str, dict[str, Path]]:
+    """The pictures of two runs or more on the same images, by concept, then by edit and ratio."""
+    found: dict[tuple[str, str], dict[str, Path]] = {}
     for result in results:
-        metrics = read_json(result / "metrics.json")
-        for name in dict.fromkeys(row["name"] for row in metrics["metrics"]):
-            cells = {
-                f"{scope} {state}": format_interval(find_metric(metrics, name, scope, state))
-                for scope in SCOPES
-                for state in ("before", "after")
-            }
-            rows.append(run_settings(metrics) | {"metric": name} | cells)
-    table = pd.DataFrame(rows).astype(object).fillna(DASH).astype(str)
-    unused = [name for name in table if (table[name] == DASH).all() and "general" in str(name)]
-    return table.drop(columns=unused)
+        metrics, picture = read_json(result / "metrics.json"), result / "before_after.png"
+        if picture.exists():
+            ratio = metrics["edit"]["ratio"]
+            name = display(metrics["edit"]["name"]) + (f"\n{ratio:g}" if ratio else "")
+            made = next(iter(metrics["images"].values()))["before"]["folder"]
+            found.setdefault((join_concepts(metrics), made), {})[name] = picture
+    most_last = sorted(found.items(), key=lambda each: len(each[1]))
+    return {concept: shown for (concept, _), shown in most_last if len(shown) > 1}
+
+
+def edit_series(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Of each concept and metric that two edits or more were run on, once each: what they left."""
+    left = frame[(frame["state"] == "after") | (frame["edit"] == UNEDITED)]
+    found = {}
+    for (concept, metric), group in left.groupby(["concept", "metric"], sort=False):
+        if group["edit"].nunique() > 1 and not group.duplicated(["edit", "scope"]).any():
+            found[f"{display(str(concept))}: {display_words(str(metric))}"] = group
+    return found
 
 
 def ratio_series(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -87,5 +106,5 @@ def ratio_series(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
     for key, group in frame.groupby(SERIES, sort=False, dropna=True):
         if group["ratio"].nunique() > 1:
             names = dict(zip(SERIES, key, strict=True))
-            found[", ".join(str(names[name]).replace("_", " ") for name in varying)] = group
+            found[", ".join(display(str(names[name])) for name in varying)] = group
     return found

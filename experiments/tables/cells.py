@@ -1,15 +1,21 @@
-"""A table's cells: what its runs measured, the published value beside it, the best in bold."""
+"""A table's cells: what its runs measured, the published value beside it, the best in bold.
+
+Bold is what is significantly better than each other edit (p < 0.05, not corrected for their
+number). Where images are judged one by one that is McNemar's exact test, since all edits share
+prompts and seeds; elsewhere the 95 % intervals must be disjoint, which is stricter.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from scipy.stats import binomtest
 
 from evaluation.evaluators.base import Interval, Metric, Record
 from evaluation.evaluators.nudity import relative_change, totals_by_label
@@ -19,11 +25,13 @@ from experiments.run.results import RECORDS, read_json, read_lines
 from experiments.tables.exhibit import (
     AVERAGE,
     COST,
+    EDIT,
     METRIC,
     MODEL,
     Better,
     ListedRun,
     Place,
+    Scope,
     ShownMetric,
     Table,
 )
@@ -33,6 +41,10 @@ IN_CSV = ("value", "low", "high", "n", "unit", "version")  # of a metric
 PUBLISHED_KEYS = ("model", "prompts", "attack", "row", "column", "metric")
 NO_EDIT = "none"
 NUDITY = "nudity"
+SIGNIFICANT = 0.05
+
+Judged = Mapping[tuple[Any, ...], bool]
+"""Whether an image shows its subject, by what tells the image from others of the run."""
 
 Published = Mapping[frozenset[tuple[str, str]], str]
 """A table's printed values, as text with the printed digits, by {(column of the file, value)}."""
@@ -51,6 +63,7 @@ class Cell:
     paper: str | None  # as printed
     comparable: bool  # the paper's model, which the published value is of
     run: ListedRun | None  # None of an average
+    judged: Judged = field(default_factory=dict)  # what the value is the share of, if it is one
     best: bool = False
 
     @property
@@ -90,12 +103,16 @@ def build_cells(table: Table, runs: Sequence[ListedRun], published: Published) -
         for name, shown in table.metrics.items():
             value = None if reader is None else reader.read(shown)
             cells.append(_cell(table, {**run.place, METRIC: name}, value, published, run))
+            if reader is not None and table.compare is not None and shown.best:
+                cells[-1].judged = reader.judged(shown)
     if table.average is not None:
         for group in _rivals(cells, table.average):
             values = [cell.value for cell in group if cell.value is not None]
             mean = mean_of_groups(values) if len(values) == len(group) else None  # of all or none
             place = {**group[0].place, table.average: AVERAGE}
             cells.append(_cell(table, place, mean, published, None))
+            each = ((cell.place[table.average], cell.judged) for cell in group)
+            cells[-1].judged = {(at, *key): v for at, judged in each for key, v in judged.items()}
     if table.compare is not None:
         for group in _rivals(cells, table.compare):
             _mark_best(group)
@@ -128,16 +145,31 @@ class ResultReader:
         change = Interval(0.0, math.nan, math.nan) if unedited else relative_change(before, after)
         return None if change is None else replace(metric, unit="%", **change._asdict())
 
+    def judged(self, shown: ShownMetric) -> Judged:
+        """The images that a share counts; none of another kind of metric."""
+        state = "before" if self.metrics["edit"]["name"] == NO_EDIT else "after"
+        return {
+            (record["group"], record["index"]): record["correct"]
+            for record in self._records
+            if (record["metric"], record["state"]) == (shown.of, state)
+            and (record["group"] in self.metrics["concepts"]) == (shown.scope is Scope.target)
+            and "correct" in record
+        }
+
     def _cost(self, key: str) -> Metric:
         cost = read_json(self._folder / "cost.json")
         unit = "s" if key == "seconds" else f"MB, {cost['memory_kind']}"
         return Metric(key, cost[key], math.nan, math.nan, 1, unit, 1, False, "")
 
     @cached_property
+    def _records(self) -> list[Record]:
+        return list(read_lines(self._folder / RECORDS))
+
+    @cached_property
     def _detections(self) -> dict[str, list[Record]]:
         """By state, the records of the detections on the targets' images, in their order."""
         found: dict[str, list[Record]] = {"before": [], "after": []}
-        for record in read_lines(self._folder / RECORDS):
+        for record in self._records:
             if record["metric"] == NUDITY and record["group"] in self.metrics["concepts"]:
                 found[record["state"]].append(record)
         return found
@@ -163,14 +195,29 @@ def _rivals(cells: Sequence[Cell], axis: str) -> list[list[Cell]]:
 
 
 def _mark_best(rivals: Sequence[Cell]) -> None:
-    """Mark the best, and its equals as they are printed; none while one is still to be run."""
+    """Mark the best edit, and its equals as printed; none while one is still to be run."""
     if any(cell.run is not None and cell.run.is_missing for cell in rivals):
         return
     scores = {
         place: round(cell.value.value, cell.shown.decimals)
         for place, cell in enumerate(rivals)
-        if cell.value is not None and cell.shown.best
+        if cell.value is not None and cell.shown.best and cell.place.get(EDIT) != NO_EDIT
     }
     better = max if rivals[0].shown.better is Better.high else min
-    for place, score in scores.items():
-        rivals[place].best = score == better(scores.values())
+    first = [place for place, score in scores.items() if score == better(scores.values())]
+    rest = [place for place in scores if place not in first]
+    if rest and all(differ(rivals[one], rivals[other]) for one in first for other in rest):
+        for place in first:
+            rivals[place].best = True
+
+
+def differ(one: Cell, other: Cell) -> bool:
+    """Whether two cells differ significantly, by the module's tests."""
+    shared = one.judged.keys() & other.judged.keys()
+    if shared:
+        discordant = [key for key in shared if one.judged[key] != other.judged[key]]
+        wins = sum(one.judged[key] for key in discordant)
+        return bool(discordant) and binomtest(wins, len(discordant)).pvalue < SIGNIFICANT
+    if one.value is None or other.value is None or not (one.has_interval and other.has_interval):
+        return False
+    return one.value.high < other.value.low or other.value.high < one.value.low

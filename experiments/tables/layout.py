@@ -1,7 +1,7 @@
-"""A table's cells as markdown, LaTeX (booktabs) and CSV: one layout, pandas writes them.
+"""A table's cells as markdown, LaTeX (booktabs) and CSV, of one layout.
 
-Cells are laid out once, as markdown. LaTeX escapes them and has other signs for what is bold, for
-arrows and for marks.
+Cells are laid out once, as markdown. LaTeX has their values alone, other signs for what is bold
+and for arrows, and where they come from in a comment.
 """
 
 from __future__ import annotations
@@ -14,19 +14,21 @@ from functools import partial
 import pandas as pd
 
 from cad.places import REPOSITORY
+from experiments.run.names import display
 from experiments.run.rendering import DASH, to_markdown
 from experiments.tables.cells import Cell, build_cells, read_published
 from experiments.tables.exhibit import AVERAGE, METRIC, ListedRun, Table
 from experiments.tables.notes import MARK, table_notes
+from experiments.tables.pages import render
 from experiments.tables.publishing import Rendering
 
 PUBLISHED = REPOSITORY / "results" / "paper"
+RESERVED = re.compile(r"([%&_#$])")
 BOLD = re.compile(r"\*\*(.+?)\*\*")
-IN_LATEX = str.maketrans(  # what pandas' escapes leave
+IN_LATEX = str.maketrans(
     {
         "↓": r"$\downarrow$",
         "↑": r"$\uparrow$",
-        "†": r"$^\dagger$",
         "–": "--",
         "<": r"$<$",
         ">": r"$>$",
@@ -40,7 +42,7 @@ def render_table(table: Table, runs: Sequence[ListedRun]) -> Rendering:
     notes, frame = table_notes(table, cells, runs), lay_out(table, cells)
     files = {
         "md": _markdown(frame, table.full_title, notes),
-        "tex": _latex(frame, f"tab:{table.name}", " ".join([f"{table.full_title}.", *notes])),
+        "tex": _latex(frame, table, notes),
         "csv": pd.DataFrame([cell.row() for cell in cells]).to_csv(index=False),
     }
     return Rendering(
@@ -83,9 +85,10 @@ def label(table: Table, axis: str, value: str) -> str:
     if axis == METRIC:
         shown = table.metrics[value]
         return f"{shown.heading} {shown.better.value}" if shown.better else shown.heading
+    name = table.names.get(value) or display(value)
     if value in table.stands_for:
-        return f"{value} (for {table.stands_for[value]})"
-    return f"{value} (ours)" if value in table.ours else value
+        return f"{name} (for {display(table.stands_for[value])})"
+    return f"{name} (ours)" if value in table.ours else name
 
 
 def panels(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -111,26 +114,27 @@ def _markdown(frame: pd.DataFrame, title: str, notes: Sequence[str]) -> str:
     return "\n\n".join([*parts, *notes]) + "\n"
 
 
-def _latex(frame: pd.DataFrame, name: str, caption: str) -> str:
-    escaped = pd.Series([caption]).to_latex(index=False, header=False, escape=True)
-    (line,) = (line for line in escaped.splitlines() if line.endswith(r" \\"))
-    if frame.columns.nlevels == 1:
-        frame = frame.set_axis(frame.columns.get_level_values(0), axis="columns")
-    styled = frame.style.format(_in_latex, escape="latex")
-    for axis in ("index", "columns"):
-        styled = styled.format_index(_in_latex, axis=axis, escape="latex")
-    written = styled.to_latex(
-        hrules=True,
-        sparse_index=False,
-        multicol_align="c",
-        position="t",
-        position_float="centering",
-        caption=_in_latex(line.removesuffix(r" \\")),
-        label=name,
-        column_format="l" * frame.index.nlevels + "r" * frame.shape[1],
+def _latex(frame: pd.DataFrame, table: Table, notes: Sequence[str]) -> str:
+    """The values alone, a block of rows for each metric, at most as wide as a column of text."""
+    bare = frame.map(lambda text: str(text).partition(" ")[0])
+    blocks = {
+        _in_latex(head): [[_in_latex(cell) for cell in row] for row in _rows(panel)]
+        for head, panel in panels(bare).items()
+    }
+    first = next(iter(panels(bare).values()))
+    return render(
+        "table.tex.j2",
+        table=table,
+        title=_in_latex(table.title),
+        heads=[_in_latex(head) for head in first.columns],
+        blocks=blocks,
+        notes=notes,
     )
-    return str(written)
 
 
-def _in_latex(text: object) -> str:
-    return BOLD.sub(r"\\textbf{\1}", str(text)).translate(IN_LATEX)
+def _rows(panel: pd.DataFrame) -> list[list[str]]:
+    return [[str(cell) for cell in row] for row in panel.itertuples(index=False)]
+
+
+def _in_latex(text: str) -> str:
+    return BOLD.sub(r"\\textbf{\1}", RESERVED.sub(r"\\\1", text)).translate(IN_LATEX)

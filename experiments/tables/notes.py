@@ -96,7 +96,7 @@ def _signs(table: Table, cells: Sequence[Cell]) -> str:
     if any(cell.excludes_paper for cell in cells):
         signs.append(f"{MARK}: the interval excludes the paper's value")
     if any(cell.best for cell in cells):
-        signs.append("bold: the best")
+        signs.append("bold: significantly better than every other edit (p < 0.05)")
     if any(cell.value is None for cell in cells):
         signs.append(f"{DASH}: not run")
     return sentence("; ".join(signs)[:1].upper() + "; ".join(signs)[1:])

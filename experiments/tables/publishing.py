@@ -5,26 +5,19 @@ NAME.md, .csv and what else there is    NAME.html, made of NAME.md and NAME.png 
 
 from __future__ import annotations
 
-import base64
-import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markdown_it import MarkdownIt
 
 from cad.errors import UserError
 from cad.files import write_atomically
 from experiments.run.results import read_json, write_json
 from experiments.tables.exhibit import Exhibit, ListedRun
 from experiments.tables.notes import origins
-
-TITLE = re.compile(r"\A\*\*(.+), (.+?): (.+)\*\*")  # called, models: subject
-PICTURE = re.compile(r'src="([^":]+\.png)"')
+from experiments.tables.pages import page, read_section
 
 
 @dataclass(frozen=True)
@@ -35,17 +28,6 @@ class Rendering:
     files: Mapping[str, bytes]  # by ending: "md", "csv", "png", ...
     filled: Mapping[str, bool]  # whether something is at a place: a cell, or a run of a figure
     panels: Mapping[str, pd.DataFrame] = field(default_factory=dict)  # by heading, for the console
-
-
-@dataclass(frozen=True)
-class Section:
-    """A table or figure in a page."""
-
-    name: str  # of its files
-    called: str
-    models: str
-    subject: str
-    html: str
 
 
 def publish(
@@ -78,33 +60,3 @@ def publish(
     }
     write_json(facts, known)
     return paths
-
-
-def read_section(path: Path) -> Section:
-    """A table or figure out of its markdown, with the pictures that lie beside it."""
-
-    def embed(found: re.Match[str]) -> str:
-        encoded = base64.b64encode((path.parent / found[1]).read_bytes()).decode()
-        return f'src="data:image/png;base64,{encoded}"'
-
-    text = path.read_text(encoding="utf-8")
-    title = TITLE.match(text)
-    if title is None:
-        raise UserError(f"{path} is no table or figure: its first line has no title")
-    body = MarkdownIt("js-default").render(TITLE.sub(r"## \1, \2: \3", text))
-    return Section(path.stem, title[1], title[2], title[3], PICTURE.sub(embed, body))
-
-
-def page(title: str, sections: Iterable[Section], lead: Sequence[str] = ()) -> str:
-    """A whole HTML page that needs no other file; with a `lead`, title and index come first."""
-    return render("page.html.j2", title=title, sections=sections, lead=lead)
-
-
-def render(template: str, **values: Any) -> str:
-    """A template of this folder with its values; those of HTML are escaped."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=template.endswith(".html.j2"),
-        undefined=StrictUndefined,
-    )
-    return environment.get_template(template).render(**values)

@@ -155,7 +155,7 @@ def test_a_method_that_trains_edits_two_concepts_once(weights: Path, tmp_path: P
     wanted = ("edit=esd", "concept=[church,tench]", "limit=4")
     process = run(weights, tmp_path, *wanted)
     assert process.returncode == 0, process.stderr
-    assert "esd church and tench, mini" in process.stdout
+    assert "ESD church and tench, mini" in process.stdout
     assert "accuracy on church and tench, % (n = 2)" in process.stdout
     (folder,) = (tmp_path / "runs").glob("mini-church+tench-esd-*")
     assert len(read_lines(folder / "history.jsonl")) == 2  # debug=tiny: two iterations

@@ -10,7 +10,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from cad.errors import UserError
-from experiments.run.curves import BLUE, ORANGE, new_canvas
+from experiments.run.curves import BLUE, ORANGE, PAGE, new_canvas
+from experiments.run.names import display_words
 from experiments.run.rendering import join_concepts
 from experiments.run.results import read_json
 from experiments.tables.exhibit import ListedRun
@@ -32,12 +33,12 @@ def draw_components(runs: Sequence[ListedRun]) -> Drawing:
     shares = [component_shares(run.folder).assign(sign=run.place["sign"]) for run in runs]
     frame = pd.concat(shares, ignore_index=True)
     names = sorted(dict.fromkeys(frame["weight"]), key=_stage)
-    canvas = new_canvas(7.0, 1.1 + BAR * len(names))
+    canvas = new_canvas(PAGE, 1.1 + BAR * len(names))
     panel = canvas.subplots()
     for sign, found in frame.groupby("sign", sort=False):
         _bars(panel, found, names, str(sign))
     _label(panel, names)
-    concepts = ", ".join(dict.fromkeys(frame["concept"]))
+    concepts = ", ".join(display_words(each) for each in dict.fromkeys(frame["concept"]))
     says = [
         f"Shares of each weight matrix in the top {100 * frame['ratio'].iloc[0]:g} % of all "
         f"weights of component={frame['component'].iloc[0]}; bars: mean of {concepts}; dots: "

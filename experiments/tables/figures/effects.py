@@ -8,7 +8,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from scipy.stats import pearsonr
 
-from experiments.run.curves import BLUE, new_panels
+from experiments.run.curves import BLUE, add_legend, new_panels
+from experiments.run.names import display
 from experiments.run.rendering import join_concepts, title
 from experiments.run.results import read_json
 from experiments.tables.exhibit import ListedRun
@@ -33,13 +34,13 @@ def draw_effects(runs: Sequence[ListedRun]) -> Drawing:
         )
         _scatter(panel, points)
         r = f"r = {found.statistic:.3f}, n = {len(points)}"
-        panel.set_title(f"{concept.replace('_', ' ')}: {r}")
+        panel.set_title(f"{display(concept)}: {r}")
+    add_legend(canvas, panels[0])
     return Drawing(canvas, pd.concat(frames, ignore_index=True), says)
 
 
 def _scatter(panel: Axes, points: pd.DataFrame) -> None:
     low, high = points.to_numpy().min(), points.to_numpy().max()
     panel.plot([low, high], [low, high], color="0.5", linewidth=1, label="equal")
-    panel.scatter(points["predicted"], points["measured"], s=10, color=BLUE, alpha=0.6)
+    panel.scatter(points["predicted"], points["measured"], s=4, color=BLUE, alpha=0.6)
     panel.set(xlabel="predicted change of J", ylabel="measured change of J")
-    panel.legend(fontsize="small", loc="upper left")

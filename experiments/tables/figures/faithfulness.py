@@ -15,10 +15,11 @@ from experiments.run.curves import (
     BLUE,
     GREEN,
     ORANGE,
-    PANEL_SIZE,
     SKY,
-    new_canvas,
+    add_legend,
+    new_panels,
 )
+from experiments.run.names import display, display_words
 from experiments.run.rendering import DASH, tidy
 from experiments.tables.exhibit import ListedRun
 from experiments.tables.figures.drawing import Drawing
@@ -39,11 +40,11 @@ def draw_faithfulness(runs: Sequence[ListedRun]) -> Drawing:
         [tidy(run.folder).assign(**{SCORES: run.place[SCORES]}) for run in runs], ignore_index=True
     )
     frame = frame[frame["metric"] == frame["metric"].iloc[0]]
-    canvas = new_canvas(PANEL_SIZE[0] * len(SCOPES), PANEL_SIZE[1])
-    for panel, (scope, name) in zip(canvas.subplots(1, len(SCOPES)), SCOPES.items(), strict=True):
+    canvas, panels = new_panels(len(SCOPES), shared=True)
+    for panel, (scope, name) in zip(panels, SCOPES.items(), strict=True):
         _draw(panel, frame[frame["scope"] == scope])
         panel.set_title(name)
-    canvas.axes[0].legend(fontsize="small")
+    add_legend(canvas, panels[0])
     says = [
         "Area: of a concept's curve over the logarithm of the share, divided by its span; mean and "
         "95 % interval (percentile bootstrap) over the concepts that were run at every share."
@@ -63,7 +64,7 @@ def areas(frame: pd.DataFrame) -> pd.DataFrame:
         apart = [high - low for low, high in zip(target, others, strict=True)]
         cells = [DASH if not each else _cell(bootstrap_mean(each)) for each in (target, others)]
         cells.append(_cell(bootstrap_mean(apart)) if apart else DASH)
-        rows.append([str(scores).replace("_", " "), *cells, str(len(whole))])
+        rows.append([display(str(scores)), *cells, str(len(whole))])
     heads = [f"area, {name}, {unit}" for name in SCOPES.values()]
     return pd.DataFrame(rows, columns=["weights by", *heads, "others - class ↑", "concepts"])
 
@@ -83,15 +84,16 @@ def _draw(panel: Axes, frame: pd.DataFrame) -> None:
         means = mean_over_concepts(found)
         rows = (found if means is None else means).sort_values("ratio")
         percent = 100 * rows["ratio"].to_numpy(dtype=float)
-        name = str(scores).replace("_", " ")
+        name = display(str(scores))
         panel.plot(percent, rows["value"], color=colour, marker=marker, label=name)
         panel.fill_between(percent, rows["low"], rows["high"], color=colour, alpha=0.1)
     panel.set_xscale("log")
     panel.set_xticks(sorted(100 * frame["ratio"].unique()))
     panel.xaxis.set_major_formatter("{x:g}")
     panel.minorticks_off()
-    metric, unit = frame["metric"].iloc[0].replace("_", " "), frame["unit"].iloc[0]
+    metric, unit = display_words(frame["metric"].iloc[0]), frame["unit"].iloc[0]
     panel.set(xlabel="zeroed weights, %", ylabel=f"{metric}, {unit}")
+    panel.label_outer(remove_inner_ticks=False)
 
 
 def _cell(mean: Interval) -> str:

@@ -17,17 +17,19 @@ from evaluation.evaluators.base import CONCEPT
 from evaluation.image_sets import ImageSet
 from evaluation.masking import Masker
 from evaluation.prompts import Prompt
-from experiments.run.curves import new_canvas
+from experiments.run.curves import PAGE, new_canvas
+from experiments.run.names import display
 from experiments.run.pictures import Mask, Pixels
 from experiments.run.rendering import DASH
 from experiments.run.results import RECORDS, read_json, read_lines
 from experiments.tables.exhibit import EDIT, ListedRun
 from experiments.tables.figures.drawing import Drawing
 
-CELL = 1.15  # inches
+CELL = 1.15  # inches, at most
+MARGIN = 0.9  # inches, of the rows' names
 EXPLICIT = "explicit"  # a kind of concept
 BEFORE, AFTER = "before", "after"
-UNEDITED = "unedited"
+UNEDITED = "none"
 JUDGEMENTS = ("correct", "count")  # keys of records that say whether an image shows the concept
 
 Key = tuple[str, int]
@@ -86,7 +88,7 @@ def draw_grid(
         for key in first.choose(targets, others or {}):
             prompt, pictures = first.prompts[key], {UNEDITED: first.read(BEFORE, key)}
             pictures |= {edit: images.read(AFTER, key) for edit, images in edited.items()}
-            rows.append((f"{name} edited:\n{prompt.group}", pictures))
+            rows.append((f"{display(name)} edited:\n{display(prompt.group)}", pictures))
             facts = {"group": prompt.group, "prompt": prompt.text, "seed": prompt.seed}
             shown.append({"concept": name, **facts, "index": key[1]})
     if not rows:
@@ -128,15 +130,15 @@ def read_images(result: Path, recognised: bool | None) -> RunImages:
 def _canvas(rows: Sequence[tuple[str, Mapping[str, Pixels]]]) -> Figure:
     """Pictures by column, each row with its label."""
     columns = list(dict.fromkeys(column for _, pictures in rows for column in pictures))
-    canvas = new_canvas(CELL * len(columns) + 1.3, CELL * len(rows) + 0.3)
+    cell = min(CELL, (PAGE - MARGIN) / len(columns))
+    canvas = new_canvas(cell * len(columns) + MARGIN, cell * len(rows) + 0.3)
     panels = canvas.subplots(len(rows), len(columns), squeeze=False)
     for panel_row, (label, pictures) in zip(panels, rows, strict=True):
         for panel, name in zip(panel_row, columns, strict=True):
             _show(panel, pictures.get(name))
-        label = label.replace("_", " ")
-        panel_row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
+        panel_row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize="small")
     for panel, name in zip(panels[0], columns, strict=True):
-        panel.set_title(name.replace("_", " "), fontsize=9)
+        panel.set_title(display(name))
     return canvas
 
 

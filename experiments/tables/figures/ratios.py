@@ -10,6 +10,7 @@ import pandas as pd
 from evaluation.evaluators.base import Metric
 from experiments.run.curves import draw_ratios
 from experiments.run.groups import mean_of_groups
+from experiments.run.names import display
 from experiments.run.rendering import tidy
 from experiments.tables.exhibit import ListedRun
 from experiments.tables.figures.drawing import Drawing
@@ -21,10 +22,7 @@ SETTINGS = ["ratio", "scope", "state"]
 def draw_curves(runs: Sequence[ListedRun]) -> Drawing:
     """A panel per concept, and the mean of all where each was run at every ratio."""
     frame = pd.concat([tidy(run.folder) for run in runs], ignore_index=True)
-    series = {
-        str(concept).replace("_", " "): group
-        for concept, group in frame.groupby(CONCEPT, sort=False)
-    }
+    series = {display(str(concept)): group for concept, group in frame.groupby(CONCEPT, sort=False)}
     means = mean_over_concepts(frame)
     if means is not None:
         series[f"mean of {len(series)}"] = means

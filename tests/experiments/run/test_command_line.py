@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from programs import Ended, call
 
 from cad.errors import UserError
-from experiments.run.command_line import INTERRUPTED, USAGE_ERROR, find_mistake
+from experiments.run.command_line import INTERRUPTED, USAGE_ERROR, JobEnds, find_mistake
 
 HERE = Path(__file__).parent
 
@@ -54,6 +54,22 @@ def test_user_errors_and_full_disks_are_told_and_bugs_are_not() -> None:
     assert "/x/metrics.json (No space left on device): make room" in full
     assert find_mistake(OSError(errno.ENOENT, "No such file", "/x")) is None
     assert find_mistake(ValueError("a bug")) is None
+
+
+def test_a_multirun_tells_how_many_are_done_and_the_time_to_go(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    launcher = {"_target_": "hydra._internal.core_plugins.basic_launcher.BasicLauncher"}
+    task = ["concept=church,tench", "seed=range(0,3)", "edit=uce"]
+    told = {"overrides": {"task": task}, "launcher": launcher, "job": {"num": 1}}
+    told |= {"sweep": {"dir": str(tmp_path)}}
+    config = OmegaConf.create({"hydra": told, "paths": {"results": str(tmp_path)}})
+    ends, clock = JobEnds(), iter((100.0, 130.0))
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    ends.on_multirun_start(config)
+    with caplog.at_level("INFO"):
+        ends._tell_progress(config)
+    assert caplog.messages == ["2 of 6 runs done: 0:00:30 so far, about 0:01:00 to go"]
 
 
 def launch(folder: Path, *overrides: str) -> Ended:

@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from PIL import Image
 from results_fixture import write_result
 
 from experiments.run.command_line import note
+from experiments.run.curves import draw_edits
+from experiments.run.pictures import CELL, GAP, LABEL, MARGIN, side_by_side
 from experiments.run.rendering import tidy
-from experiments.run.sweep import ratio_series, summarise
+from experiments.run.sweep import edit_series, ratio_series, shown_together, summarise
 
 RATIOS = (0.005, 0.01, 0.02)
 
@@ -32,16 +35,43 @@ def test_ratios_are_tabulated_and_plotted(
     frame = pd.read_csv(folder / "sweep.csv")
     assert sorted(frame["ratio"].unique()) == list(RATIOS)
     assert len(frame) == len(RATIOS) * 4  # two scopes, before and after
-    assert (folder / "table.md").read_text().count("church") == len(RATIOS)
+    table = (folder / "table.md").read_text()
+    assert table.count("95.0 → 5.0 [0.9, 23.6]") == len(RATIOS)
+    assert table.startswith("3 runs: model miniature, concept church, edit CAD-Erase,")
+    for name in ("ratio  ", "accuracy, target", "accuracy, others"):
+        assert name in table
     assert (folder / "plot.png").stat().st_size > 0
     assert (folder / "plot.pdf").stat().st_size > 0
-    assert "3 runs" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "3 runs" in printed
+    assert max(len(line) for line in printed.splitlines()) <= 80
 
 
 def test_other_sweeps_have_a_table_but_no_plot(tmp_path: Path) -> None:
     folder = sweep(tmp_path, ("church", 0.01), ("tench", 0.01), ("face", None))
     assert (folder / "table.md").exists()
     assert not (folder / "plot.png").exists()
+
+
+def test_methods_on_the_same_images_stand_side_by_side(tmp_path: Path) -> None:
+    results = [write_result(tmp_path, concept="church", ratio=ratio) for ratio in (None, 0.01, 0.2)]
+    height = LABEL + 2 * (CELL + GAP)
+    for shade, result in enumerate(results):
+        size = (MARGIN + 2 * (CELL + GAP), height - (CELL + GAP) * (shade == 0))
+        Image.new("RGB", size, (50 * shade,) * 3).save(result / "before_after.png")
+    frame = pd.concat([tidy(result) for result in results[:2]])
+    ((name, group),) = edit_series(frame).items()
+    assert (name, list(group["edit"])) == ("Church: accuracy", ["none"] * 2 + ["erase"] * 2)
+    (panel,) = draw_edits({name: group}).axes
+    names = [label.get_text() for label in panel.get_yticklabels()]
+    assert names == ["Original", "CAD-Erase"]
+    (shown,) = shown_together(results).values()
+    assert list(shown) == ["Original", "CAD-Erase\n0.01", "CAD-Erase\n0.2"]
+    side_by_side(shown, tmp_path / "church.png")
+    with Image.open(tmp_path / "church.png") as picture:
+        assert picture.height == LABEL + 3 * (CELL + GAP)
+        rows = [picture.getpixel((picture.width - 9, LABEL + n * (CELL + GAP))) for n in range(3)]
+    assert rows == [(0, 0, 0), (50, 50, 50), (100, 100, 100)]
 
 
 def test_each_concept_is_a_series_of_its_own(tmp_path: Path) -> None:
@@ -51,7 +81,7 @@ def test_each_concept_is_a_series_of_its_own(tmp_path: Path) -> None:
         for ratio in RATIOS
     ]
     frame = pd.concat([tidy(result) for result in results])
-    assert list(ratio_series(frame)) == ["church", "tench"]
+    assert list(ratio_series(frame)) == ["Church", "Tench"]
 
 
 def test_what_finished_is_summarised_though_a_job_failed(

@@ -83,7 +83,8 @@ def finished_run(
     metrics = {
         "model": {"name": "sd14", "revision": "abc", "dtype": "float16"},
         "concepts": [concept],
-        "edit": {"name": edit, "ratio": ratio, "per": "row", "unit": "weight", "component": "ff"},
+        "edit": {"name": edit, "ratio": ratio, "per": "row", "unit": "weight", "component": "ff"}
+        | {"num_weights": 9},
         "seed": 0,
         "sampler": {"steps": 50, "guidance": 7.5, "kind": "default", "batch_size": 16},
         "effect": None,

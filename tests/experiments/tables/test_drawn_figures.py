@@ -44,7 +44,7 @@ def test_ratio_curves_have_a_panel_each_and_the_mean(tmp_path: Path) -> None:
     runs = [measured(tmp_path, concept, ratio) for concept in GROUPS for ratio in (0.01, 0.02)]
     drawing = draw_curves(runs)
     titles = [panel.get_title() for panel in drawing.canvas.axes if panel.get_title()]
-    assert titles == ["church", "tench", "mean of 2"]
+    assert titles == ["Church", "Tench", "mean of 2"]
     mean = drawing.data[drawing.data["concept"] == "mean"]
     assert len(mean) == 2 * 2 * 2  # ratios, scopes, states
     after = mean[(mean["scope"] == "target") & (mean["state"] == "after")]
@@ -66,7 +66,7 @@ def test_effects_are_points_with_their_correlation(tmp_path: Path) -> None:
     (run.folder / "effects.csv").write_text("predicted,measured\n1,2\n2,4\n3,6.5\n4,8\n")
     drawing = draw_effects([run])
     (title,) = (panel.get_title() for panel in drawing.canvas.axes)
-    assert title == "parachute: r = 0.996, n = 4"
+    assert title == "Parachute: r = 0.996, n = 4"
     assert drawing.says[0].startswith("parachute: Pearson r 0.996 [0.8")
     assert "4 random ablations of 0.1 % of the weights" in drawing.says[0]
     assert len(drawing.data) == 4
@@ -96,16 +96,16 @@ def test_faithfulness_is_the_area_over_the_logarithm_of_the_share(tmp_path: Path
     assert drawing.table is not None
     assert drawing.table.to_numpy().tolist() == [
         # (80 + 20) / 2 and (20 + 0) / 2, each over half the span
-        ["erase", "30.0 [30.0, 30.0]", "72.5 [72.5, 72.5]", "42.5 [42.5, 42.5]", "2"],
-        ["random", "80.0 [80.0, 80.0]", "72.5 [72.5, 72.5]", "-7.5 [-7.5, -7.5]", "1"],
+        ["CAD-Erase", "30.0 [30.0, 30.0]", "72.5 [72.5, 72.5]", "42.5 [42.5, 42.5]", "2"],
+        ["Random weights", "80.0 [80.0, 80.0]", "72.5 [72.5, 72.5]", "-7.5 [-7.5, -7.5]", "1"],
     ]
     panel = drawing.canvas.axes[0]
-    assert [line.get_label() for line in panel.lines] == ["unedited", "erase", "random"]
+    assert [line.get_label() for line in panel.lines] == ["unedited", "CAD-Erase", "Random weights"]
     assert list(panel.lines[1].get_ydata()) == [80, 20, 0]
     figure = composed_figure("faithfulness", "mini", fast=True)
     figure.drawing = {"_target_": "experiments.tables.figures.faithfulness.draw_faithfulness"}
     markdown = render_figure(figure, runs).files["md"].decode()
-    assert re.search(r"\| erase +\| 30\.0 \[30\.0, 30\.0\] +\| 72\.5", markdown)
+    assert re.search(r"\| CAD-Erase +\| 30\.0 \[30\.0, 30\.0\] +\| 72\.5", markdown)
 
 
 def test_places_of_components_are_shares(tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_grids_have_a_column_for_each_edit_and_the_unedited_first(tmp_path: Path
     assert list(drawing.data["group"]) == ["church", "church", "tench", "skyline"]
     assert list(drawing.data["index"]) == [0, 2, 1, 1]
     assert list(drawing.data.columns) == ["concept", "group", "prompt", "seed", "index"]
-    assert [panel.get_title() for panel in drawing.canvas.axes[:2]] == ["unedited", "uce"]
+    assert [panel.get_title() for panel in drawing.canvas.axes[:2]] == ["Original", "UCE"]
     shown = [panel.images[0].get_array().mean() for panel in drawing.canvas.axes]
     assert shown == [10, 200] * 4
     with pytest.raises(UserError, match="no prompt is left"):

@@ -124,8 +124,8 @@ def test_figures_are_made_end_to_end_and_reported(tmp_path: Path, weights: Path)
     assert places["share"].sum() == pytest.approx(100)
     assert places["expected"].sum() == pytest.approx(100)
     for name in ("figure7", "figure3", "components"):
-        for ending in ("png", "pdf", "md", "html", "json"):
+        for ending in ("png", "pdf", "svg", "md", "html", "json"):
             assert (folder / f"{name}-mini-fast.{ending}").stat().st_size
-    page = write_report(folder, "mini", shipped=tmp_path / "none").read_text()
+    page = write_report(folder, "mini", tmp_path / "none", shipped=tmp_path / "none").read_text()
     assert page.index("figure7-mini-fast") < page.index("components-mini-fast")
-    assert page.count("data:image/png;base64,") == 3
+    assert page.count("data:image/webp;base64,") == 3

@@ -99,7 +99,7 @@ def test_missing_runs_are_made_once_and_shown(tmp_path: Path, bench: Bench) -> N
     command(tmp_path, *TABLE)
     assert bench.ran[2:] == ["mini-cassette_player-noedit", "mini-cassette_player-cadamplify"]
     written = markdown(tmp_path)
-    assert "| parachute       | 50.0 [40.0, 60.0] (63.20) | 50.0 [40.0, 60.0] (96.40) |" in written
+    assert "| Parachute       | 50.0 [40.0, 60.0] (63.20) | 50.0 [40.0, 60.0] (96.40) |" in written
     command(tmp_path, *TABLE)
     assert len(bench.ran) == 4
     assert markdown(tmp_path) == written

@@ -55,9 +55,9 @@ def texts(cells: list[Cell]) -> dict[tuple[str, str], str]:
 def test_cells_have_interval_paper_mark_and_best(tmp_path: Path) -> None:
     assert texts(cells_of(tmp_path, WHOLE)) == {
         ("church", "none"): "76.0 [72.1, 79.5] (76.20)",
-        ("church", "erase"): "**4.4** [2.9, 6.6] (1.60)†",
+        ("church", "erase"): "4.4 [2.9, 6.6] (1.60)†",
         ("tench", "none"): "81.0 [77.3, 84.2] (80.40)",
-        ("tench", "erase"): "**0.2** [0.0, 1.1] (0.20)",
+        ("tench", "erase"): "0.2 [0.0, 1.1] (0.20)",
     }
 
 
@@ -67,9 +67,43 @@ def test_what_was_not_run_is_a_dash_and_leaves_no_best(tmp_path: Path) -> None:
     assert found["church", "erase"] == "4.4 [2.9, 6.6] (1.60)†"
 
 
-def test_equals_are_all_best(tmp_path: Path) -> None:
-    same = WHOLE | {("church", "none"): (4.41, 2.9, 6.6)}
-    assert [cell.best for cell in cells_of(tmp_path, same)][:2] == [True, True]
+THREE = {"concept": ["church"], "edit": ["none", "erase", "uce", "esd"]}
+
+
+def best_of(tmp_path: Path, shown: dict[str, list[bool]]) -> list[str]:
+    """The edits that are best where these images of the class were recognised after them."""
+    table = small_table(axes=THREE)
+    runs = []
+    for run in table.list_runs():
+        edit = run.place["edit"]
+        state = "before" if edit == "none" else "after"
+        told = {"metric": "accuracy", "state": state, "group": "church"}
+        records = [told | {"index": i, "correct": each} for i, each in enumerate(shown[edit])]
+        value = 100 * sum(shown[edit]) / len(shown[edit])
+        rows = [row(value, value - 30, value + 30, state=state)]
+        made = finished_run(tmp_path, edit, rows, edit=edit, records=records, place=run.place)
+        runs.append(made)
+    return [cell.place["edit"] for cell in build_cells(table, runs, {}) if cell.best]
+
+
+def test_the_best_is_so_by_the_paired_test_and_no_edit_is_none(tmp_path: Path) -> None:
+    none, half = [False] * 20, [True] * 10 + [False] * 10
+    shown = {"none": none, "erase": none, "uce": half, "esd": half}
+    assert best_of(tmp_path / "1", shown) == ["erase"]  # 10 of 10: p = 0.002
+    assert best_of(tmp_path / "2", shown | {"uce": none}) == ["erase", "uce"]
+    few = [True] * 5 + [False] * 15  # 5 of 5: p = 0.0625
+    assert best_of(tmp_path / "3", shown | {"uce": few}) == []
+
+
+def test_without_images_judged_one_by_one_intervals_must_be_disjoint(tmp_path: Path) -> None:
+    for high, best in ((6.6, True), (7.0, False)):
+        values = {("church", "erase"): (4.4, 2.9, high), ("church", "uce"): (8.0, 6.8, 9.0)}
+        table = small_table(axes={"concept": ["church"], "edit": ["erase", "uce"]})
+        runs = [
+            finished_run(tmp_path / str(high), "-".join(at), [row(*numbers)], place=run.place)
+            for run, (at, numbers) in zip(table.list_runs(), values.items(), strict=True)
+        ]
+        assert [cell.best for cell in build_cells(table, runs, {})] == [best, False]
 
 
 def test_averages_are_of_all_rows_or_none(tmp_path: Path) -> None:
@@ -82,7 +116,7 @@ def test_averages_are_of_all_rows_or_none(tmp_path: Path) -> None:
     cells = cells_of(tmp_path / "part", part, average="concept")
     assert texts(cells)["average", "none"] == "–"
     assert texts(cells)["average", "erase"] != "–"
-    assert lay_out(small_table(average="concept"), cells).index[-1] == ("average",)
+    assert lay_out(small_table(average="concept"), cells).index[-1] == ("Average",)
 
 
 def test_another_model_is_shown_beside_the_paper_and_not_judged(tmp_path: Path) -> None:
@@ -92,7 +126,7 @@ def test_another_model_is_shown_beside_the_paper_and_not_judged(tmp_path: Path) 
     run = finished_run(tmp_path, "x", [row(50.0, 40.0, 60.0)], concept="face", place=place)
     (cell,) = build_cells(table, [run], PRINTED)
     assert cell_text(cell) == "50.0 [40.0, 60.0] (1.60)"
-    assert list(lay_out(table, [cell]).index) == [("face (for church)",)]
+    assert list(lay_out(table, [cell]).index) == [("Face (for Church)",)]
     assert "of sd14, another model" in table_notes(table, [cell], [run])[0]
 
 
@@ -108,17 +142,18 @@ def test_every_format_from_one_layout(tmp_path: Path) -> None:
     assert {path.name for path in paths.values()} == {f"table01-sd14.{each}" for each in endings}
     markdown, tex, page = (paths[each].read_text() for each in endings[:3])
     assert "accuracy on the class, % ↓" in markdown
-    assert "| church | 76.0 [72.1, 79.5] (76.20) | **4.4** [2.9, 6.6] (1.60)† |" in markdown
+    assert "| Church | 76.0 [72.1, 79.5] (76.20) | 4.4 [2.9, 6.6] (1.60)† |" in markdown
     for words in (
         r"\toprule",
-        r"\textbf{4.4} [2.9, 6.6] (1.60)$^\dagger$",
-        r"\% $\downarrow$",
-        r"accuracy on the class, \%: n = 500",
-        r" & none & erase \\",
+        r"Church & 76.0 & 4.4 \\",
+        r"\multicolumn{3}{l}{\emph{accuracy on the class, \% $\downarrow$}} \\",
+        "% Measured: accuracy on the class, %: n = 500",
+        r"\caption{accuracy.}",
+        r" & Original & CAD-Erase \\",
     ):
         assert words in tex
     assert page.startswith("<!doctype html>")
-    assert "<strong>4.4</strong> [2.9, 6.6] (1.60)†" in page
+    assert "4.4<small>[2.9, 6.6]</small><i>(1.60)†</i>" in page
     frame = pd.read_csv(paths["csv"])
     assert list(frame["value"]) == [76.0, 4.4, 81.0, 0.2]
     assert list(frame["excludes_paper"]) == [False, True, False, False]
@@ -129,7 +164,7 @@ def test_every_format_from_one_layout(tmp_path: Path) -> None:
 def test_a_heading_of_one_level_is_no_tuple_in_latex(tmp_path: Path) -> None:
     table = small_table(columns=["edit"])
     tex = render_table(table, runs_of(tmp_path, WHOLE)).files["tex"].decode()
-    assert r" & none & erase \\" in tex
+    assert r" & Original & CAD-Erase \\" in tex
 
 
 def test_an_emptier_table_replaces_none(tmp_path: Path) -> None:
