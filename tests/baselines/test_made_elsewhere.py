@@ -6,13 +6,13 @@ import copy
 
 import pytest
 import torch
-from cad.digests import parameter_digest
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 
 from baselines.made_elsewhere import MadeElsewhere
 from cad.concepts import Concept
 from cad.errors import UserError
+from cad.identity import parameter_digest
 from cad.weight_edit import Replace, WeightEdit, Zero
 
 CHURCH = Concept(name="church", kind="object", text="church", prompt="church")

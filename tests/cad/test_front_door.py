@@ -9,12 +9,12 @@ import sys
 
 import pytest
 import torch
-from cad.digests import parameter_digest
 from diffusers import StableDiffusionPipeline
 
 import cad
 from cad.errors import UserError
 from cad.export import main
+from cad.identity import parameter_digest
 from cad.models.adapters import adapt
 from cad.references import GeneratedImages
 from cad.weight_edit import Replace, WeightEdit, Zero
