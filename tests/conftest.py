@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import weights
+import yaml
 from diffusers import (
     DDIMScheduler,
     StableDiffusion3Pipeline,
@@ -31,6 +32,7 @@ from cad.models.stable_diffusion_xl import StableDiffusionXLModel
 
 torch.set_num_threads(1)
 atexit.register(gc.unfreeze)  # libraries look for leaks when the process ends
+yaml.SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # OmegaConf's, for many composes
 
 RESOLUTION = 64  # pixels; latents are (4, 8, 8)
 MAX_TOKENS = 16
