@@ -6,6 +6,7 @@ A new edit, concept, model or evaluator is one module and one YAML; it is found 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from pathlib import Path
 
@@ -72,10 +73,11 @@ def write_inputs(folder: Path, model: StableDiffusionModel, *concepts: str) -> N
 
 def build_edit(name: str, folder: Path) -> Edit:
     """The edit of conf/edit/NAME.yaml in a small configuration, its caches below `folder`."""
-    paths = [f"paths.miniature={folder}", f"paths.results={folder}"]
-    paths += [f"edit.path={folder / 'unet.safetensors'}"] * (name == "file")
-    small = (*SMALL, *SMALL_EDITS.get(name, ()), *paths)
-    edit = build(compose(f"edit={name}", *small).edit)
+    cfg = compose(f"edit={name}", *SMALL, *SMALL_EDITS.get(name, ())).copy()
+    cfg.paths.miniature = cfg.paths.results = str(folder)
+    if name == "file":
+        cfg.edit.path = str(folder / "unet.safetensors")
+    edit = build(cfg.edit)
     assert isinstance(edit, Edit)
     assert edit.name == name
     return edit
@@ -126,13 +128,16 @@ def test_edit_of_several_concepts(
     assert (made.fingerprint == NO_EDIT) == (name == "none")
 
 
-@pytest.mark.parametrize("model", options("model"))
-@pytest.mark.parametrize("edit", options("edit"))
-@pytest.mark.parametrize("concept", ["parachute", "pop_art"])
-def test_model_edit_and_kind_of_concept_resolve(model: str, edit: str, concept: str) -> None:
-    cfg = compose(f"model={model}", f"edit={edit}", f"concept={concept}")
-    assert OmegaConf.to_container(cfg, resolve=True)
-    assert "selection" not in cfg.edit or 0 < cfg.ratio.value <= 1
+@pytest.mark.parametrize("name", options("edit"))
+def test_an_edit_resolves_for_every_model_and_kind_of_concept(name: str) -> None:
+    cfg = configuration.compose([f"edit={name}"])
+    for model, concept in itertools.product(options("model"), ("parachute", "pop_art")):
+        cfg.model, cfg.concepts = (
+            compose(f"model={model}").model,
+            compose(f"concept={concept}").concepts,
+        )
+        assert OmegaConf.to_container(cfg, resolve=True)
+        assert "selection" not in cfg.edit or 0 < cfg.ratio.value <= 1
 
 
 @pytest.mark.parametrize("name", options("concept"))
