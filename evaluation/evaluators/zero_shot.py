@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cad.concepts import with_article
+from cad.errors import UserError
 from evaluation.evaluators.accuracy import Accuracy, Classifier
 from evaluation.evaluators.clip_score import Embedder
 from evaluation.pixels import Pixels
@@ -81,16 +82,23 @@ class ZeroShotStyles(ZeroShot):
 
 @dataclass(frozen=True)
 class ZeroShotObjects(ZeroShot):
-    """Any objects by their names: `subjects` are {name: text}, the classes."""
+    """Any objects by their names: `subjects` are {name: text}, the classes. UserError for none."""
 
     clip: Embedder
-    subjects: Mapping[str, str]
+    subjects: Mapping[str, str] | None
+
+    def __post_init__(self) -> None:
+        if not self.subjects:
+            raise UserError(
+                "evaluator=open_accuracy has no classes: the chosen prompts name no subjects. Use "
+                "prompts=objects, or set evaluator.open_accuracy.classifier.subjects={name: text}"
+            )
 
     def settings(self) -> dict[str, Any]:
-        return {"clip": self.clip.identity(), "subjects": in_order(self.subjects)}
+        return {"clip": self.clip.identity(), "subjects": in_order(self.subjects or {})}
 
     def captions(self) -> dict[str, list[str]]:
-        texts = {name: with_article(text) for name, text in self.subjects.items()}
+        texts = {name: with_article(text) for name, text in (self.subjects or {}).items()}
         return {name: [OBJECT_TEMPLATE.format(subject=text)] for name, text in texts.items()}
 
 

@@ -232,3 +232,5 @@ def test_any_names_are_classes():
     assert evaluator.aggregate(records).value == 50.0
     with pytest.raises(UserError, match=r"church.*lighthouse, owl"):
         evaluator.check(prompts("church"))
+    with pytest.raises(UserError, match="name no subjects"):
+        ZeroShotObjects(Colours(), None)

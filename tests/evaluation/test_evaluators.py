@@ -31,10 +31,11 @@ from experiments.run.configuration import CONF, compose
 
 NAMES = [file.stem for file in sorted((CONF / "evaluator").glob("*.yaml"))]
 NAMES.remove("default")
-PUBLISHED = [name for name in NAMES if name != "style_accuracy"]  # the paper judges no styles
+OWN = ("open_accuracy", "style_accuracy")  # the paper has none such
+PUBLISHED = [name for name in NAMES if name not in OWN]
 FILES = {  # of the miniature's weights -> the evaluators that read them
     "classifier": {"accuracy", "fid", "lpips"},
-    "clip": {"clip_score", "style_accuracy"},
+    "clip": {"clip_score", "open_accuracy", "style_accuracy"},
     "features.safetensors": {"fid"},
 }
 LIBRARIES = {
