@@ -31,6 +31,7 @@ from evaluation.evaluators.base import GENERAL, Evaluator, Metric
 from evaluation.prompts import Prompt, build_prompts
 from experiments.run import configuration
 from experiments.run.configuration import CONF, build, check
+from experiments.run.experiment import prepare
 from experiments.run.results import write_records
 
 SMALL = ("debug=tiny", "ratio.value=0.05", "model.attribution.steps=1", "device=cpu")
@@ -46,6 +47,9 @@ SMALL_EDITS = {  # what a method needs beside, for a model of one-letter tokens;
     "rece": ("edit.uce.preserve=[day]",),
     "uce": ("edit.preserve=[day]",),
 }
+
+
+SMALL_AFTER = ("edit=random", "concept=church", "evaluator=[]", "+evaluator={}")
 
 
 def options(group: str) -> list[str]:
@@ -124,6 +128,23 @@ def test_edit_of_several_concepts(
     made = edit(tiny_model, church, parachute)
     assert [concept["name"] for concept in made.provenance["concepts"]] == ["church", "parachute"]
     assert (made.fingerprint == NO_EDIT) == (name == "none")
+
+
+@pytest.mark.parametrize("name", options("after"))
+def test_after(
+    name: str, tiny_model: StableDiffusionModel, church: Concept, tmp_path: Path
+) -> None:
+    """What is done to an edited model afterwards is an edit of the unedited one."""
+    before = parameter_digest(tiny_model.denoiser)
+    paths = [f"paths.results={tmp_path}"]
+    plain, method = (
+        prepare(compose(*SMALL, *SMALL_AFTER, *paths, "logger=none", *chosen)).method
+        for chosen in ((), (f"after={name}",))
+    )
+    assert method.name == f"random+{name}"
+    made = method(tiny_model, church)
+    assert made.fingerprint not in (NO_EDIT, plain(tiny_model, church).fingerprint)
+    assert parameter_digest(tiny_model.denoiser) == before
 
 
 @pytest.mark.parametrize("model", options("model"))
