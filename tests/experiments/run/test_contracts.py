@@ -45,6 +45,7 @@ SMALL_EDITS = {  # what a method needs beside, for a model of one-letter tokens;
     "contrast_amplify": ("edit.preserve=[day]",),
     "other_concept": ("edit.other=day",),
     "rece": ("edit.uce.preserve=[day]",),
+    "speed": ("edit.preserve=[day,hut]",),
     "uce": ("edit.preserve=[day]",),
 }
 
