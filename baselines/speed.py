@@ -88,7 +88,7 @@ class SPEED(Edit):
         c, g = (torch.cat(states).double() for states in zip(*pairs, strict=True))  # (n, D) both
         k = torch.cat([to_keep(encoded[each], self.positions) for each in kept]).double()  # (m, D)
         e = invariants(empty.double())  # (4, D)
-        found = {}
+        found: dict[str, Tensor] = {}
         for name, weight in weights.items():
             if any(part in name for part in WEIGHTS[self.weights]):
                 (generator,) = make_generators([self.seed], salt=f"{self.name}-{name}")
@@ -129,7 +129,8 @@ def null_space_update(
     s = torch.linalg.solve(c.T @ c / len(c) @ p + near * identity, p, left=False)  # (D, D)
     within = e @ s @ e.T
     s = s - s @ e.T @ torch.linalg.pinv((within + within.T) / 2, hermitian=True) @ e @ s
-    return (g - c).T @ c / len(c) @ s
+    update: Tensor = (g - c).T @ c / len(c) @ s
+    return update
 
 
 def invariants(empty: Tensor) -> Tensor:

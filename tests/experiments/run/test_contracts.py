@@ -36,6 +36,11 @@ from experiments.run.results import write_records
 
 SMALL = ("debug=tiny", "ratio.value=0.05", "model.attribution.steps=1", "device=cpu")
 SMALL_EDITS = {  # what a method needs beside, for a model of one-letter tokens; most need nothing
+    "concept_ablation": (
+        "edit.base_template='{filler}'",
+        "edit.concept_template='{concept} {filler}'",
+        "edit.fillers=[day,hut]",
+    ),
     "concept_prune": (
         "edit.base_template='{filler}'",
         "edit.concept_template='{concept} {filler}'",
@@ -45,6 +50,7 @@ SMALL_EDITS = {  # what a method needs beside, for a model of one-letter tokens;
     "contrast_amplify": ("edit.preserve=[day]",),
     "other_concept": ("edit.other=day",),
     "rece": ("edit.uce.preserve=[day]",),
+    "salun": ("edit.preserve=[day]", "edit.other=hut"),
     "speed": ("edit.preserve=[day,hut]",),
     "uce": ("edit.preserve=[day]",),
 }
