@@ -13,11 +13,12 @@ control brings back too, any large weights there bring back. `Refilled` is the d
 its row's deviation in place of the zeros, which are then no longer to be found.
 
 The magnitude is as released but for a draw of N(mean, deviation^2) of the row, which in the release
-replaces the row's largest where it is still larger.
+replaces the row's largest where it is still larger. An edit without zeros stays as it is.
 """
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,11 +30,12 @@ from torch import Generator, Tensor
 from baselines.afterwards import Afterwards, edited_weights
 from cad.checks import check, not_negative, one_of, positive, ratio, share, whole
 from cad.concepts import Concept
-from cad.errors import UserError
 from cad.models.base import DiffusionModel
 from cad.sampling import make_generators
 from cad.selection import floor_share
 from cad.weight_edit import Change, Replace, WeightEdit
+
+log = logging.getLogger(__name__)
 
 MAGNITUDES = ("row_max", "completed")
 SIGNS = ("completed", "random")
@@ -60,10 +62,7 @@ class _AtZeros(Afterwards):
                 filled = self.filled(weight.flatten(1).float(), zeros, generator)
                 changes[name] = Replace(filled.view_as(weight).to(weight.dtype))
         if not changes:
-            raise UserError(
-                f"after={self.step} is about zeroed weights, and edit={self.inner.name} leaves no "
-                "matrix with any among others."
-            )
+            log.warning("after=%s: edit=%s leaves no zeros, and stays", self.step, self.inner.name)
         return WeightEdit({**edit.changes, **changes})
 
 
