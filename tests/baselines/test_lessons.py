@@ -8,8 +8,10 @@ import torch
 
 from baselines.concept_ablation import ConceptAblation
 from baselines.lessons import Pictures
+from baselines.relearning import Relearned
 from baselines.salun import SalUn, largest
 from baselines.training import trained_weights
+from baselines.uce import UCE
 from cad.errors import UserError
 from cad.references import GeneratedImages
 from cad.sampling import make_generators
@@ -108,6 +110,24 @@ def test_ablation_trains_the_concept_onto_its_anchor(scale, tiny_model, church):
     told = predicted(tiny_model, x_t, t, f"church {word}")
     loss = (told - anchor.detach()).square().mean() + scale * (anchor - v).square().mean()
     check_first_step(made, weights, loss)
+
+
+def test_relearning_trains_the_edited_weights_on_pictures_of_the_unedited(tiny_model, church):
+    uce = UCE(" ", ["tench"])
+    settings = TRAINED | {"batch_size": 1}
+    made = Relearned(uce, **settings).make(tiny_model, [church])
+    other = Relearned(uce, **settings, prompt="tench")(tiny_model, church)
+    latents = Pictures.draw(tiny_model, ["church"], PICTURES).latents
+    x_t, t, v, _ = readings.noised(
+        tiny_model, latents, 3, make_generators([0], salt="relearned-0-0")[0]
+    )
+    with uce(tiny_model, church).applied(tiny_model):
+        weights = require_gradients(tiny_model)
+        loss = (predicted(tiny_model, x_t, t, "church") - v).square().mean()
+        check_first_step(made, weights, loss)
+        for weight in weights.values():
+            weight.requires_grad_(False)
+    assert other.fingerprint != made.fingerprint
 
 
 def test_what_names_nothing_else_is_refused(tiny_model, church):
