@@ -48,6 +48,7 @@ SMALL_EDITS = {  # what a method needs beside, for a model of one-letter tokens;
     ),
     "contrast": ("edit.preserve=[day]",),
     "contrast_amplify": ("edit.preserve=[day]",),
+    "learned_mask": ("edit.preserve=[day]",),
     "other_concept": ("edit.other=day",),
     "rece": ("edit.uce.preserve=[day]",),
     "salun": ("edit.preserve=[day]", "edit.other=hut"),
