@@ -277,7 +277,8 @@ def _check_loaded(experiment: Experiment, model: DiffusionModel, prompts: Prompt
         weights = component_weights(model, method.attribution.component)
         ablation_size(weights, effect.count, effect.share)
     try:
-        model.sampler(experiment.sampler.steps, experiment.sampler.kind)
+        asked = experiment.sampler
+        model.sampler(asked.steps, asked.kind, asked.eta)
     except UserError as error:
         raise UserError(f"model.sampler: {error}") from error
     for wanted in prompts.values():
