@@ -222,6 +222,8 @@ def robustness_run(
 def test_robustness_ranks_by_the_harmonic_mean(tmp_path: Path) -> None:
     figure = composed_figure("robustness", "mini")
     assert isinstance(figure, Figure)
+    fast = composed_figure("robustness", "mini", fast=True)
+    assert all("attack.limit=4" in run.overrides for run in fast.list_runs())
     names = ("erased", "kept", "revived", "random signs (control)")
     quantities = {name: figure.drawing["quantities"][name] for name in names}
     states = {"edited": (20.0, 40.0), "revived": (60.0, 60.0), "random_signs": (30.0, 30.0)}
