@@ -18,6 +18,7 @@ from matplotlib.figure import Figure as Canvas
 from evaluation.evaluators.base import Interval, Metric
 from experiments.run.curves import new_canvas
 from experiments.run.groups import mean_of_groups
+from experiments.run.names import display
 from experiments.run.rendering import DASH, find_metric
 from experiments.run.results import read_json
 from experiments.tables.exhibit import EDIT, ListedRun
@@ -55,7 +56,7 @@ def draw_robustness(
         overall = harmonic([found[name] for name, column in columns.items() if column.ranks])
         time = seconds(own, next(iter(columns.values())).state)
         cells = [*(_cell(each) for each in found.values()), time, _cell(overall)]
-        rows.append((overall.value if overall else -1.0, [edit.replace("_", " "), *cells]))
+        rows.append((overall.value if overall else -1.0, [display(edit), *cells]))
         data += [{"edit": edit, "quantity": k, **asdict(m)} for k, m in measured[edit].items()]
     rows.sort(key=lambda row: -row[0])
     heads = ["method", *(f"{name}, %" for name in columns), "time, s", "harmonic mean, %"]
@@ -129,7 +130,7 @@ def _parallel(measured: Mapping[str, Mapping[str, Metric]], names: Sequence[str]
             color=colours(i % 10),
             marker=MARKERS[i % len(MARKERS)],
             elinewidth=0.6,
-            label=edit.replace("_", " "),
+            label=display(edit),
         )
     panel.set_xticks(range(len(names)), [name.replace(" ", "\n") for name in names])
     panel.set(ylabel="%, the more the better", ylim=(-3, 103))

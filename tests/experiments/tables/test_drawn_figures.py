@@ -236,8 +236,8 @@ def test_robustness_ranks_by_the_harmonic_mean(tmp_path: Path) -> None:
     runs += [robustness_run(tmp_path, "erase", "edited", "church", 0.0)]
     drawing = draw_robustness(runs, quantities)
     assert drawing.table is not None
-    assert list(drawing.table["method"]) == ["esd", "uce", "erase"]
-    uce = drawing.table.set_index("method").loc["uce"]
+    assert list(drawing.table["method"]) == ["ESD", "UCE", "CAD-Erase"]
+    uce = drawing.table.set_index("method").loc["UCE"]
     assert list(uce)[:4] == [
         "70.0 [66.5, 73.5]",
         "80.0 [76.5, 83.5]",
@@ -245,7 +245,7 @@ def test_robustness_ranks_by_the_harmonic_mean(tmp_path: Path) -> None:
         "70.0 [66.5, 73.5]",
     ]
     assert uce["harmonic mean, %"].startswith(f"{3 / (1 / 70 + 1 / 80 + 1 / 40):.1f} [")
-    assert drawing.table.set_index("method").loc["erase", "harmonic mean, %"] == "–"
+    assert drawing.table.set_index("method").loc["CAD-Erase", "harmonic mean, %"] == "–"
     assert save(drawing.canvas) == save(drawing.canvas)
 
 

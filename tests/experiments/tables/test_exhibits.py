@@ -197,7 +197,7 @@ def test_methods_of_others_that_the_paper_lacks_say_so() -> None:
         for model in (None, "mini"):
             table = composed_table(number, model)
             assert {*table.added} < {*table.axes["edit"]}
-            assert "speed (not in the paper)" in lay_out(table, cells_of(table)).to_string()
+            assert "SPEED (not in the paper)" in lay_out(table, cells_of(table)).to_string()
         assert (
             not {*table.added} & {*composed_table(number, "mini", fast=True).axes["edit"]}
             or number == 10
