@@ -12,7 +12,7 @@ BENCHES ?= estimators generation
 SMALL   := $(if $(filter random-small,$(WEIGHTS)),device=cpu model.adapter.resolution=64)
 
 TABLES := $(addprefix table,1 2 3 4 5 6 7 8 9 10 11 12 13 14)
-FIGURES := $(addprefix figure,2 3 4 5 6 7 8 9 10 11 12) components faithfulness
+FIGURES := $(addprefix figure,2 3 4 5 6 7 8 9 10 11 12) components faithfulness robustness
 OPTIONS = $(if $(MODEL),model=$(MODEL)) \
 	$(if $(filter-out 0 false,$(FAST)),making.fast=true) \
 	$(if $(filter-out 0 false,$(DRY)),making.dry=true) \
@@ -39,7 +39,7 @@ tables: $(READY) ## the paper's tables, or one: make table7 MODEL=mini; also FAS
 $(TABLES): $(READY)
 	$(RUN) table=$(shell printf 'table%02d' $(@:table%=%)) $(OPTIONS)
 
-figures: $(READY) ## its figures, or one: make figure2 to figure12, components (where a concept sits), faithfulness (what scores are worth)
+figures: $(READY) ## its figures, or one: make figure2 to figure12, components (where a concept sits), faithfulness (what scores are worth), robustness (what brings a concept back)
 	$(RUN) figure=all $(OPTIONS)
 
 $(FIGURES): $(READY)

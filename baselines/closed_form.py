@@ -1,4 +1,4 @@
-"""UCE's and RECE's linear algebra over the key and value projections of cross-attention.
+"""The linear algebra of UCE, RECE and SPEED over the key and value projections of cross-attention.
 
 Notation: a text's states are rows (n, D), one for each token position; a projection is a weight
 (out, D) whose output for a state c is W c. Systems are built and solved in float64: with a small
@@ -135,7 +135,7 @@ def edited_projections(
     original = {name: weight.detach() for name, weight in text_projections(model).items()}
     with measure(model.device) as meter, torch.no_grad():
         edited, history = edit(original)
-        changes = {name: Replace(edited[name].to(w.dtype)) for name, w in original.items()}
+        changes = {name: Replace(w.to(original[name].dtype)) for name, w in edited.items()}
     return WeightEdit(changes, cost=meter.cost, history=tuple(history))
 
 

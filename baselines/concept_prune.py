@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import logging
 import re
-import string
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -28,11 +27,11 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from baselines.prompt_pairs import PromptPairs
 from cad.attribution import overflow
-from cad.checks import check, finite, number, one_of, ratio, text, texts, whole
+from cad.checks import check, finite, number, one_of, ratio, whole
 from cad.components import component_weights
-from cad.concepts import Concept, with_article
-from cad.edits import Edit
+from cad.concepts import Concept
 from cad.errors import UserError
 from cad.instrument import measure
 from cad.models.base import DiffusionModel
@@ -51,20 +50,11 @@ _SECOND_LINEAR = re.compile(r"(^|\.)ff\.net\.2\.weight$")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class ConceptPrune(Edit):
-    """The method with its settings; UserError for a value that is not allowed.
-
-    Each filler makes one pair of prompts and takes the place of {filler} in both templates; a
-    concept template without it tells the same prompt against every base prompt.
-    {concept} stands for the concept's text ("French horn"), {a_concept} for that with its article,
-    {prompt} for its prompt ("naked").
-    """
+class ConceptPrune(PromptPairs):
+    """The method with its settings; UserError for a value that is not allowed."""
 
     name: ClassVar[str] = "concept_prune"
 
-    base_template: str  # "a {filler}"
-    concept_template: str  # "a {concept} in a {filler}"
-    fillers: Sequence[str]  # "forest", "kitchen", ...; one image each
     ratio: float  # k as a fraction of a row, in (0, 1]
     first_steps: int  # t, the denoising steps that count
     majority: float  # m, a fraction of the first steps, in [0, 1)
@@ -79,35 +69,15 @@ class ConceptPrune(Edit):
     batch_size: int = 5  # pairs at once, two images each; changes nothing but float rounding
 
     def __post_init__(self) -> None:
-        check(self, "edit", base_template=text, concept_template=text, fillers=texts)
+        super().__post_init__()
         check(self, "edit", first_steps=whole(1), steps=whole(1), batch_size=whole(1))
         check(self, "edit", ratio=ratio, majority=_majority, guidance=finite, seed=whole(0))
         check(self, "edit", record=one_of(RECORDED), noise=one_of(NOISES))
-        self._check_templates()
-        if not self.fillers or not all(word.strip() for word in self.fillers):
-            raise UserError(f"edit.fillers={self.fillers} is not allowed: it is a list of words.")
         if self.first_steps > self.steps:
             raise UserError(
                 f"edit.first_steps={self.first_steps} is not allowed: the sampler takes "
                 f"edit.steps={self.steps}."
             )
-
-    def _check_templates(self) -> None:
-        concept = {"concept", "a_concept", "prompt"}
-        for key, needed, allowed in (
-            ("base_template", {"filler"}, {"filler"}),
-            ("concept_template", concept, concept | {"filler"}),
-        ):
-            template = getattr(self, key)
-            try:
-                found = {field for _, field, *_ in string.Formatter().parse(template)} - {None}
-            except ValueError as error:
-                raise UserError(f"edit.{key}={template!r} is not a template: {error}.") from error
-            if found - allowed or not found & needed:
-                raise UserError(
-                    f"edit.{key}={template!r} is not allowed: it names {_braced(needed)}, and "
-                    f"nothing but {_braced(allowed)}."
-                )
 
     def make(self, model: DiffusionModel, concepts: Sequence[Concept]) -> WeightEdit:
         weights = second_linears(model)
@@ -120,14 +90,6 @@ class ConceptPrune(Edit):
                 if indices.numel():
                     changes[name] = Zero(indices.to(torch.int32))
         return WeightEdit(changes, cost=meter.cost)
-
-    def prompts(self, concept: Concept) -> tuple[list[str], list[str]]:
-        """Base prompts and concept prompts; those at one place are a pair."""
-        words = {"concept": concept.text, "prompt": concept.prompt}
-        words["a_concept"] = with_article(concept.text)
-        base = [self.base_template.format(filler=filler) for filler in self.fillers]
-        told = [self.concept_template.format(filler=filler, **words) for filler in self.fillers]
-        return base, told
 
     def _check(
         self, model: DiffusionModel, weights: Mapping[str, Tensor], concepts: Sequence[Concept]
@@ -263,7 +225,3 @@ def count_skilled(weight: Tensor, norms: Tensor, k: int) -> Tensor:
         highest = torch.zeros_like(size, dtype=torch.bool).scatter_(1, top, True)
         counts += highest & (concept > base)
     return counts
-
-
-def _braced(names: set[str]) -> str:
-    return " or ".join(f"{{{name}}}" for name in sorted(names))

@@ -67,7 +67,7 @@ class UCE(Edit):
 
     def settings(self, concepts: Sequence[Concept]) -> Mapping[str, Any]:
         check_guide(self.place, self.guide, concepts)
-        kept = self._kept(concepts)
+        kept = to_preserve(self.preserve, concepts)
         scale = self._preserve_scale(len(kept))
         return material(self) | {"preserve": kept, "preserve_scale": scale}
 
@@ -80,7 +80,7 @@ class UCE(Edit):
     ) -> dict[str, Tensor]:
         """The projections (out, D) after the update, float32. UserError for texts too long."""
         pairs = self._pairs(concepts)
-        kept = self._kept(concepts)
+        kept = to_preserve(self.preserve, concepts)
         encoded = encode(model, [*chain(*pairs), *kept])
         c, g = zip(
             *(aligned(encoded[text], encoded[guide], self.positions) for text, guide in pairs),
@@ -108,16 +108,16 @@ class UCE(Edit):
             for template in self.templates
         ]
 
-    def _kept(self, concepts: Sequence[Concept]) -> list[str]:
-        """The texts to keep when these concepts are erased, each once."""
-        erased = {concept.text.strip().lower() for concept in concepts}
-        kept = [each for each in self.preserve if each.strip().lower() not in erased]
-        return list(dict.fromkeys(kept))
-
     def _preserve_scale(self, kept: int) -> float:
         if self.preserve_scale is not None:
             return self.preserve_scale
         return round(max(0.1, 1 / kept), 3) if kept else 0.0
+
+
+def to_preserve(texts: Sequence[str], concepts: Sequence[Concept]) -> list[str]:
+    """The texts to keep when these concepts are erased, each once."""
+    erased = {concept.text.strip().lower() for concept in concepts}
+    return list(dict.fromkeys(each for each in texts if each.strip().lower() not in erased))
 
 
 def check_guide(place: str, guide: str, concepts: Sequence[Concept]) -> None:

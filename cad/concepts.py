@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cad.checks import check, one_of, text
@@ -41,6 +42,18 @@ class Concept(Identified):
                 f"concept.prompt and concept.base_prompt of {self.name!r} are both "
                 f"{self.prompt!r}: the objective of Eq. 4 would be zero everywhere."
             )
+
+
+def of_prompt(prompt: str) -> Concept:
+    """A concept that is a prompt and no more."""
+    name = "_".join(re.findall(r"[a-z0-9]+", prompt.lower()))
+    return Concept(name or "preserved", "object", prompt, prompt)
+
+
+def beside(prompts: Sequence[str], concepts: Sequence[Concept]) -> list[str]:
+    """The prompts that are neither prompt nor text of one of the concepts, each once."""
+    taken = {each.strip().lower() for c in concepts for each in (c.prompt, c.text)}
+    return list(dict.fromkeys(each for each in prompts if each.strip().lower() not in taken))
 
 
 def with_article(noun: str) -> str:

@@ -15,7 +15,6 @@ concept that lie in the store serve here too.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -29,7 +28,7 @@ from cad.attribution import Scored, is_stored
 from cad.checks import check, not_negative, one_of, texts
 from cad.compensation import Compensation
 from cad.components import component_weights
-from cad.concepts import Concept
+from cad.concepts import Concept, beside, of_prompt
 from cad.edits import CADAmplify, CADErase, ScoredEdit
 from cad.errors import UserError
 from cad.identity import answer
@@ -71,18 +70,13 @@ class Contrastive(ScoredEdit):
 
     def preserved(self, concepts: Sequence[Concept]) -> list[EraseObjective]:
         """Eq. 4 of each concept to keep when these are edited, each once. UserError for none."""
-        edited = {each.strip().lower() for c in concepts for each in (c.prompt, c.text)}
-        kept = dict.fromkeys(each for each in self.preserve if each.strip().lower() not in edited)
+        kept = beside(self.preserve, concepts)
         if not kept:
             raise UserError(
                 f"edit.preserve={list(self.preserve)} keeps nothing beside what is edited: name "
                 "prompts of other concepts, or use edit=erase."
             )
-        names = {each: "_".join(re.findall(r"[a-z0-9]+", each.lower())) for each in kept}
-        return [
-            EraseObjective(Concept(names[c] or "preserved", "object", c, c), self.weighting)
-            for c in kept
-        ]
+        return [EraseObjective(of_prompt(c), self.weighting) for c in kept]
 
     def rankings(self, model: DiffusionModel, concepts: Sequence[Concept]) -> Iterator[Scored]:
         kept = self.preserved(concepts)

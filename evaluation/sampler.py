@@ -19,14 +19,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cad.checks import check, finite, whole
+from cad.checks import check, finite, share, whole
 from cad.errors import UserError
 from cad.identity import Identified
 from cad.models.base import DiffusionModel
@@ -46,7 +46,8 @@ class SamplerSettings(Identified):
     """How images are sampled: `steps` of the scheduler `kind`, classifier-free `guidance` scale.
 
     `kind` is one of `DiffusionModel.sampler`'s: "default" (the pipeline's own) or "ddim".
-    `batch_size` is the partition of the set, and so part of its key.
+    `batch_size` is the partition of the set, and so part of its key. `eta`, 0 to 1, is fresh noise
+    at every step, of kind "ddim": a way round what an edit does to the usual trajectory.
     """
 
     version: ClassVar[int] = 2  # of image sets: their pixels and their records
@@ -55,9 +56,16 @@ class SamplerSettings(Identified):
     guidance: float
     kind: str
     batch_size: int
+    eta: float = 0.0
 
     def __post_init__(self) -> None:
         check(self, "model.sampler", steps=whole(1), guidance=finite, batch_size=whole(1))
+        check(self, "model.sampler", eta=share)
+
+    def settings(self) -> dict[str, Any]:
+        """All, but no eta of 0, so that sets keep the keys that they had without it."""
+        found = super().settings()
+        return found if self.eta else {key: found[key] for key in found if key != "eta"}
 
 
 @dataclass(frozen=True)
@@ -175,6 +183,7 @@ def _try_to_sample(
             steps=settings.steps,
             guidance=batch.guidance,
             kind=settings.kind,
+            eta=settings.eta,
             size=batch.size,
         )  # (N, C, h, w)
         return to_pixels(model.decode_latents(x_0))

@@ -94,6 +94,20 @@ def walked(model: Any, x: Tensor, text: str, guidance: float, steps: int, stop: 
     return x
 
 
+def noised(
+    model: Any, latents: Tensor, steps: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """One of the pictures (K, R, C, h, w) with noise: x_t, t, v there, and the number of its K."""
+    k, r, step = (
+        int(torch.randint(end, (1,), generator=generator)) for end in (*latents.shape[:2], steps)
+    )
+    x_0, scheduler = latents[k, r][None], ddim(model, steps)
+    noise, t = torch.randn(x_0.shape, generator=generator), scheduler.timesteps[step]
+    alpha = scheduler.alphas_cumprod[t].sqrt()
+    sigma = (1 - alpha**2).sqrt()
+    return alpha * x_0 + sigma * noise, t, alpha * noise - sigma * x_0, k
+
+
 @torch.no_grad()
 def skilled(
     model: Any, prompts: Sequence[Sequence[str]], x: Tensor, first: Sequence[Any], m: float

@@ -65,6 +65,7 @@ class Victims:
             steps=self.settings.steps,
             guidance=self.settings.guidance,
             kind=self.settings.kind,
+            eta=self.settings.eta,
             size=self.size,
         )
 

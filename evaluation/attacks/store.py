@@ -78,8 +78,10 @@ class AttackStore(Store):
 
 def _own(batch: Batch, settings: SamplerSettings, images: Pixels | None) -> dict[str, Any]:
     """The part of the key that is a batch's own; `settings` have its guidance."""
+    sampler = settings.settings()
+    del sampler["batch_size"]
     return {
-        "sampler": {"steps": settings.steps, "kind": settings.kind, "guidance": settings.guidance},
+        "sampler": sampler,
         "prompts": [[p.text, p.seed, p.group, p.size, p.truncate] for p in batch.prompts],
         "images": images if images is None else hashlib.sha256(images.tobytes()).hexdigest(),
     }

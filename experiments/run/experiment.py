@@ -20,6 +20,7 @@ from typing import Any, Protocol
 from omegaconf import DictConfig, OmegaConf
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from baselines.afterwards import innermost
 from cad.components import component_weights
 from cad.concepts import Concept
 from cad.edits import CADAmplify, Edit, NoEdit, ScoredEdit, make_edit
@@ -146,11 +147,14 @@ def prepare(cfg: DictConfig) -> Experiment:
 
         attacks = plan_attacks(cfg)
     evaluators = tuple(build(node) for node in (cfg.evaluator or {}).values() if node)
+    method = build(cfg.edit)
+    for node in cfg.after.values():
+        method = build(node)(method)
     experiment = Experiment(
         cfg=cfg,
         model=build(cfg.model.adapter),
         concepts=tuple(build(node) for node in cfg.concepts.values()),
-        method=build(cfg.edit),
+        method=method,
         prompt_sets=needed_prompts(cfg, evaluators),
         sampler=build(cfg.model.sampler, SamplerSettings),
         evaluators=evaluators,
@@ -244,15 +248,16 @@ def make_images(
 def _check_component(experiment: Experiment) -> None:
     """Raise UserError for weights that the model's family does not have, or no scores to check."""
     method, count = experiment.method, experiment.cfg.effect.count
-    if isinstance(method, ScoredEdit):
+    scored = innermost(method)
+    if isinstance(scored, ScoredEdit):
         known = pkgutil.resolve_name(experiment.model.family).components
-        component = method.attribution.component
+        component = scored.attribution.component
         if component not in known:
             raise UserError(
                 f"component={component} is not allowed for model={experiment.model.name}; choose "
                 f"one of {', '.join(known)}"
             )
-    elif count:
+    if count and not isinstance(method, ScoredEdit):
         raise UserError(
             f"effect.count={count}: edit={method.name} makes no scores to check. Use "
             "effect.count=0 or edit=erase"
@@ -272,7 +277,8 @@ def _check_loaded(experiment: Experiment, model: DiffusionModel, prompts: Prompt
         weights = component_weights(model, method.attribution.component)
         ablation_size(weights, effect.count, effect.share)
     try:
-        model.sampler(experiment.sampler.steps, experiment.sampler.kind)
+        asked = experiment.sampler
+        model.sampler(asked.steps, asked.kind, asked.eta)
     except UserError as error:
         raise UserError(f"model.sampler: {error}") from error
     for wanted in prompts.values():
@@ -283,8 +289,9 @@ def _check_loaded(experiment: Experiment, model: DiffusionModel, prompts: Prompt
         except UserError as error:
             other = "Other evaluators judge any images: evaluator=[lpips,clip_score]"
             raise UserError(f"{str(error).rstrip('.')}. {other}") from error
-    if isinstance(method, CADAmplify):
-        given = method, experiment.concepts, experiment.evaluators
+    amplifying = innermost(method)
+    if isinstance(amplifying, CADAmplify):
+        given = amplifying, experiment.concepts, experiment.evaluators
         check_photographs(*given, model.resolution)
     if experiment.attacks is not None:
         experiment.attacks.check(model, prompts[ATTACKED])

@@ -90,6 +90,7 @@ class Exhibit:
     skip: dict[str, dict[str, str]] = field(default_factory=dict)  # reason: {axis: value, ...}
     stands_for: dict[str, str] = field(default_factory=dict)  # value: the paper's in its place
     ours: list[str] = field(default_factory=list)  # values that the paper does not have
+    added: list[str] = field(default_factory=list)  # nor these, which others have published
     names: dict[str, str] = field(default_factory=dict)  # of values; else conf/names.yaml's
     note: list[str] = field(default_factory=list)  # sentences for the caption; a file has one
     # Not in a file:

@@ -88,6 +88,8 @@ def label(table: Table, axis: str, value: str) -> str:
     name = table.names.get(value) or display(value)
     if value in table.stands_for:
         return f"{name} (for {display(table.stands_for[value])})"
+    if value in table.added:
+        return f"{name} (not in the paper)"
     return f"{name} (ours)" if value in table.ours else name
 
 

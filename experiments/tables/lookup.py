@@ -79,7 +79,8 @@ class RunNames:
             return replace(run, result=self.runs / name if there else None)
         chosen = DEFAULTS | options(run.overrides)
         concepts = chosen["concept"].strip("[]").replace(",", "+")
-        label = f"{chosen['model']}-{concepts}-{chosen['edit']}"
+        after = chosen.get("after", "").strip("[]").split(",")
+        label = "+".join([f"{chosen['model']}-{concepts}-{chosen['edit']}", *filter(None, after)])
         return look_up(run, compose, self) if label in self._labels else run
 
     def note(self, run: ListedRun, name: str) -> None:

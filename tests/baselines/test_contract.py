@@ -9,21 +9,32 @@ from typing import Any
 import pytest
 import torch
 
+from baselines.concept_ablation import ConceptAblation
 from baselines.concept_prune import ConceptPrune
 from baselines.esd import ESD
 from baselines.rece import RECE, StartingUCE
+from baselines.salun import SalUn
+from baselines.speed import SPEED
 from baselines.uce import UCE
 from cad.errors import UserError
 from cad.identity import parameter_digest
+from cad.references import GeneratedImages
 
 NAN, INF = float("nan"), float("inf")
 START = StartingUCE(" ", ["tench"])
 PAIRS = {"base_template": "a {filler}", "concept_template": "{concept} {filler}"}
-PAIRS |= {"fillers": ["day", "hut"], "steps": 10, "first_steps": 2, "guidance": 3.0}
+PAIRS |= {"fillers": ["day", "hut"]}
+FIRST = {"steps": 10, "first_steps": 2, "guidance": 3.0}
+PICTURES = {"pictures": GeneratedImages(1, 2, encoding=None)}
+TRAINED = {"parameters": "xattn", "iterations": 2, "lr": 1e-3, "steps": 3}
+SALUN = {"other": "tench", "preserve": ["golf ball"]}
 METHODS: dict[str, tuple[type, dict[str, Any]]] = {
-    "concept_prune": (ConceptPrune, PAIRS | {"ratio": 0.05, "majority": 0.5}),
-    "esd": (ESD, {"parameters": "xattn", "iterations": 2, "lr": 1e-3, "steps": 3}),
+    "concept_prune": (ConceptPrune, PAIRS | FIRST | {"ratio": 0.05, "majority": 0.5}),
+    "concept_ablation": (ConceptAblation, TRAINED | PAIRS | PICTURES),
+    "esd": (ESD, TRAINED),
     "rece": (RECE, {"uce": START, "epochs": 1, "regularisation": 0.1}),
+    "salun": (SalUn, TRAINED | SALUN | PICTURES),
+    "speed": (SPEED, {"guide": " ", "preserve": ["tench", "golf ball"]}),
     "uce": (UCE, {"guide": " ", "preserve": ["tench"]}),
 }
 OTHERS = [  # settings that make another edit
@@ -33,14 +44,24 @@ OTHERS = [  # settings that make another edit
     ("rece", {"uce": StartingUCE(" ", [])}, {"epochs": 2}, {"regularisation": 1e-3}),
     ("rece", {"update_regularisation": 0.5}, {"preserve_scale": 1}, {"guide": "art"}),
     ("rece", {"skip_if_erased": True}, {"erased_threshold": 0.7}),
+    ("concept_ablation", {"prior_scale": 1}, {"fillers": ["day"]}, {"seed": 1}, {"lr": 1.0}),
+    ("concept_ablation", {"pictures": GeneratedImages(2, 2, encoding=None)}),
+    ("salun", {"other": "hut"}, {"preserve": ["hut"]}, {"share": 1}, {"retain_scale": 0}),
+    ("salun", {"guidance": 3}, {"pictures": GeneratedImages(2, 2, encoding=None)}, {"seed": 1}),
+    ("speed", {"guide": "art"}, {"preserve": ["tench"]}, {"weights": "key"}, {"threshold": 0.2}),
+    ("speed", {"regularisation": 2}, {"filtered": False}, {"augmentations": 0}, {"seed": 1}),
+    ("speed", {"positions": "from_last"}),
     ("uce", {"guide": "art"}, {"preserve": []}, {"erase_scale": 2}, {"regularisation": 0.1}),
     ("uce", {"positions": "last"}, {"templates": ["image of {concept}"]}),
     ("uce", {"expand_guide": True}),
 ]
 SAME = [  # settings that make the same edit
+    ("concept_ablation", {"prior_scale": 0}),
+    ("salun", {"guidance": 7.5}, {"checkpoints": "/nowhere"}),
     ("concept_prune", {"guidance": 3}),
     ("esd", {"checkpoint_every": 1}, {"checkpoints": "/nowhere"}, {"guidance": 3}),
     ("rece", {"preserve_scale": 0.1}),
+    ("speed", {"regularisation": 1}),
     ("uce", {"erase_scale": 1}),
 ]
 BAD: list[tuple[str, str, list[Any]]] = [
@@ -75,6 +96,17 @@ BAD: list[tuple[str, str, list[Any]]] = [
     ("rece", "guide", [None]),
     ("rece", "skip_if_erased", ["yes"]),
     ("rece", "erased_threshold", [0]),
+    ("concept_ablation", "base_template", ["a photo"]),
+    ("concept_ablation", "prior_scale", [-1]),
+    ("concept_ablation", "iterations", [0]),
+    ("salun", "parameters", ["lora"]),
+    ("salun", "preserve", ["day"]),
+    ("salun", "share", [0, 2]),
+    ("salun", "retain_scale", [-1]),
+    ("speed", "weights", ["query"]),
+    ("speed", "threshold", [0]),
+    ("speed", "augmentations", [-1]),
+    ("speed", "filtered", [None]),
     ("uce", "guide", [None]),
     ("uce", "preserve", ["tench", [1]]),
     ("uce", "erase_scale", [0, NAN]),
@@ -134,14 +166,14 @@ def test_deterministic_and_the_model_is_left_as_found_also_after_an_error(name, 
     assert look() == before
 
 
-@pytest.mark.parametrize("name", ["esd", "rece", "uce"])
+@pytest.mark.parametrize("name", ["concept_ablation", "esd", "rece", "salun", "speed", "uce"])
 def test_a_model_without_cross_attention_is_refused(name, tiny_model, church):
     tiny_model.text_projections = None
     with pytest.raises(UserError, match=rf"edit={name}: model=tiny .* no cross-attention"):
         build(name)(tiny_model, church)
 
 
-@pytest.mark.parametrize("name", ["concept_prune", "rece", "uce"])
+@pytest.mark.parametrize("name", ["concept_prune", "rece", "speed", "uce"])
 def test_half_precision_makes_edits_of_its_dtype(name, tiny_model, church):
     exact = build(name)(tiny_model, church)
     for part in (tiny_model.denoiser, tiny_model.text_encoder):

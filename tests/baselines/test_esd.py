@@ -11,7 +11,8 @@ import readings
 import torch
 
 from baselines.checkpoint import Checkpoint
-from baselines.esd import ESD, Training, trained_weights, walk_apart, with_weights
+from baselines.esd import ESD, walk_apart
+from baselines.training import Training, trained_weights, with_weights
 from cad.concepts import Concept
 from cad.edits import make_edit
 from cad.errors import UserError
@@ -96,9 +97,9 @@ def test_only_the_chosen_parameters_change(parameters, tiny_model, church):
 
 
 def test_several_concepts_are_drawn_at_random(tiny_model, church, parachute):
+    method = esd(batch_size=16)
     weights = trained_weights(tiny_model, "xattn")
-    training = Training(esd(batch_size=16), tiny_model, weights, [church, parachute])
-    _, _, c = training._states(0)
+    c = method.course(tiny_model, [church, parachute], weights).lesson(0, weights).c
     both = tiny_model.encode_prompts([church.prompt, parachute.prompt]).tensors["states"]
     found = [[torch.equal(each, one) for one in both] for each in c.tensors["states"]]
     assert all(sum(row) == 1 for row in found)

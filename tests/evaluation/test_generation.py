@@ -251,6 +251,18 @@ def test_prompts_are_checked_before_anything_is_made(model, tmp_path, prompts, m
     check_prompts(model, [replace(LONG, truncate=True, size=(16, 16))])
 
 
+def test_noise_at_every_step_makes_other_images_and_none_keeps_its_key(tiny_model, tmp_path):
+    plain = SamplerSettings(2, 3.0, "ddim", 1)
+    noisy = replace(plain, eta=1.0)
+    assert "eta" not in plain.settings()
+    assert noisy.settings() == plain.settings() | {"eta": 1.0}
+    prompts = [Prompt("church", 0, "church")]
+    images = [generate(tiny_model, prompts, each, tmp_path).read(0) for each in (plain, noisy)]
+    assert (images[0] != images[1]).any()
+    with pytest.raises(UserError, match=r"model\.sampler\.eta=2"):
+        replace(plain, eta=2)
+
+
 def test_bad_settings_are_refused():
     for name, value in {"steps": 0, "batch_size": 0, "guidance": float("nan")}.items():
         with pytest.raises(UserError, match=f"sampler.{name}={value}"):

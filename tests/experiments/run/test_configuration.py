@@ -16,7 +16,7 @@ from experiments.run import configuration
 from experiments.run.configuration import CONF, build, check, check_results, settle
 
 GROUPS = (
-    *("model", "concept", "edit", "ratio", "prompts", "evaluator", "attack", "engine"),
+    *("model", "concept", "edit", "after", "ratio", "prompts", "evaluator", "attack", "engine"),
     *("logger", "paths", "debug"),
 )
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]

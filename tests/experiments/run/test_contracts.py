@@ -32,10 +32,16 @@ from evaluation.evaluators.base import GENERAL, Evaluator, Metric
 from evaluation.prompts import Prompt, build_prompts
 from experiments.run import configuration
 from experiments.run.configuration import CONF, build, check
+from experiments.run.experiment import prepare
 from experiments.run.results import write_records
 
 SMALL = ("debug=tiny", "ratio.value=0.05", "model.attribution.steps=1", "device=cpu")
 SMALL_EDITS = {  # what a method needs beside, for a model of one-letter tokens; most need nothing
+    "concept_ablation": (
+        "edit.base_template='{filler}'",
+        "edit.concept_template='{concept} {filler}'",
+        "edit.fillers=[day,hut]",
+    ),
     "concept_prune": (
         "edit.base_template='{filler}'",
         "edit.concept_template='{concept} {filler}'",
@@ -43,10 +49,16 @@ SMALL_EDITS = {  # what a method needs beside, for a model of one-letter tokens;
     ),
     "contrast": ("edit.preserve=[day]",),
     "contrast_amplify": ("edit.preserve=[day]",),
+    "learned_mask": ("edit.preserve=[day]",),
     "other_concept": ("edit.other=day",),
     "rece": ("edit.uce.preserve=[day]",),
+    "salun": ("edit.preserve=[day]", "edit.other=hut"),
+    "speed": ("edit.preserve=[day,hut]",),
     "uce": ("edit.preserve=[day]",),
 }
+
+
+SMALL_AFTER = ("edit=random", "concept=church", "evaluator=[]", "+evaluator={}")
 
 
 def options(group: str) -> list[str]:
@@ -138,6 +150,23 @@ def test_an_edit_resolves_for_every_model_and_kind_of_concept(name: str) -> None
         )
         assert OmegaConf.to_container(cfg, resolve=True)
         assert "selection" not in cfg.edit or 0 < cfg.ratio.value <= 1
+
+
+@pytest.mark.parametrize("name", options("after"))
+def test_after(
+    name: str, tiny_model: StableDiffusionModel, church: Concept, tmp_path: Path
+) -> None:
+    """What is done to an edited model afterwards is an edit of the unedited one."""
+    before = parameter_digest(tiny_model.denoiser)
+    paths = [f"paths.results={tmp_path}"]
+    plain, method = (
+        prepare(compose(*SMALL, *SMALL_AFTER, *paths, "logger=none", *chosen)).method
+        for chosen in ((), (f"after={name}",))
+    )
+    assert method.name == f"random+{name}"
+    made = method(tiny_model, church)
+    assert made.fingerprint not in (NO_EDIT, plain(tiny_model, church).fingerprint)
+    assert parameter_digest(tiny_model.denoiser) == before
 
 
 @pytest.mark.parametrize("name", options("concept"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from PIL import Image
 from tables_fixture import composed_figure, finished_run, row
 
 from cad.errors import UserError
+from evaluation.evaluators.base import Metric
 from experiments.run.curves import save
 from experiments.run.rendering import tidy
 from experiments.run.results import read_json, write_json
@@ -24,6 +26,7 @@ from experiments.tables.figures.effects import draw_effects
 from experiments.tables.figures.faithfulness import draw_faithfulness
 from experiments.tables.figures.grid import draw_grid
 from experiments.tables.figures.ratios import draw_curves, mean_over_concepts
+from experiments.tables.figures.robustness import draw_robustness, harmonic
 
 STATES = {"before": (95.0, 76.4, 99.1), "after": (5.0, 0.9, 23.6)}
 GROUPS = ("church", "tench")
@@ -203,3 +206,50 @@ def test_a_figure_of_nothing_is_a_dash() -> None:
     assert "png" not in rendering.files
     assert not any(rendering.filled.values())
     assert f"Not run yet: {len(runs)} runs of {len(runs)}." in rendering.notes
+
+
+def robustness_run(
+    runs: Path, edit: str, state: str, concept: str, target: float, **changed: Any
+) -> ListedRun:
+    rows = [
+        row(value, value - 5, value + 5, scope=scope, n=20, **changed)
+        for scope, value in (("target", target), ("others", 80.0))
+    ]
+    place = {"model": "sd14", "concept": concept, "edit": edit, "state": state}
+    return finished_run(runs, f"{edit}-{state}-{concept}", rows, place=place)
+
+
+def test_robustness_ranks_by_the_harmonic_mean(tmp_path: Path) -> None:
+    figure = composed_figure("robustness", "mini")
+    assert isinstance(figure, Figure)
+    fast = composed_figure("robustness", "mini", fast=True)
+    assert all("attack.limit=4" in run.overrides for run in fast.list_runs())
+    names = ("erased", "kept", "revived", "random signs (control)")
+    quantities = {name: figure.drawing["quantities"][name] for name in names}
+    states = {"edited": (20.0, 40.0), "revived": (60.0, 60.0), "random_signs": (30.0, 30.0)}
+    runs = [
+        robustness_run(tmp_path, "uce", state, concept, value)
+        for state, values in states.items()
+        for concept, value in zip(GROUPS, values, strict=True)
+    ]
+    runs += [robustness_run(tmp_path, "esd", each, "church", 10.0) for each in states]
+    runs += [robustness_run(tmp_path, "erase", "edited", "church", 0.0)]
+    drawing = draw_robustness(runs, quantities)
+    assert drawing.table is not None
+    assert list(drawing.table["method"]) == ["ESD", "UCE", "CAD-Erase"]
+    uce = drawing.table.set_index("method").loc["UCE"]
+    assert list(uce)[:4] == [
+        "70.0 [66.5, 73.5]",
+        "80.0 [76.5, 83.5]",
+        "40.0 [36.5, 43.5]",
+        "70.0 [66.5, 73.5]",
+    ]
+    assert uce["harmonic mean, %"].startswith(f"{3 / (1 / 70 + 1 / 80 + 1 / 40):.1f} [")
+    assert drawing.table.set_index("method").loc["CAD-Erase", "harmonic mean, %"] == "–"
+    assert save(drawing.canvas) == save(drawing.canvas)
+
+
+def test_harmonic_means_interval_is_that_of_its_only_part(tmp_path: Path) -> None:
+    metric = Metric("x", 50.0, 40.0, 70.0, 20, "%", 1, True, "test")
+    assert harmonic([metric]) == (50.0, 40.0, 70.0)
+    assert harmonic([metric, replace(metric, value=0.0)]).value == 0

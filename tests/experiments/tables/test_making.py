@@ -26,7 +26,8 @@ from experiments.run import experiment
 from experiments.run.configuration import compose
 from experiments.run.results import ResultFolder
 from experiments.tables import make
-from experiments.tables.exhibit import Exhibit
+from experiments.tables.exhibit import Exhibit, ListedRun
+from experiments.tables.lookup import RunNames
 
 
 class Bench:
@@ -247,3 +248,19 @@ def test_a_launchers_job_launches_none(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(HydraConfig, "initialized", lambda: True)
         monkeypatch.setattr(HydraConfig, "get", lambda told=told: told)
         assert make._launcher() == expected
+
+
+def test_a_result_of_what_is_done_afterwards_is_looked_for(tmp_path: Path) -> None:
+    """By its folder's name: only a run that may be there is composed."""
+    (tmp_path / "mini-church-erase+refilled+revived-0123").mkdir()
+
+    def refuse(overrides: Sequence[str], name: str = "config") -> DictConfig:
+        raise UserError("composed")
+
+    for after, refused in (
+        ("after=[refilled,revived]", "composed"),
+        ("after=revived", ""),
+        ("seed=0", ""),
+    ):
+        run = ListedRun(0, {}, ("model=mini", "concept=church", "edit=erase", after))
+        assert RunNames(tmp_path).find(run, refuse).refused == refused
