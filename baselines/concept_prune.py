@@ -29,13 +29,13 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from cad.attribution import overflow
-from cad.checks import check, finite, number, one_of, ratio, text, texts, whole
+from cad.checks import check, finite, number, one_of, ratio, steps, text, texts, whole
 from cad.components import component_weights
 from cad.concepts import Concept, with_article
 from cad.edits import Edit
 from cad.errors import UserError
 from cad.instrument import measure
-from cad.models.base import DiffusionModel
+from cad.models.base import SAMPLERS, DiffusionModel
 from cad.models.conditioning import Conditioning
 from cad.sampling import draw_noise, guide, make_generators
 from cad.selection import floor_share
@@ -80,9 +80,9 @@ class ConceptPrune(Edit):
 
     def __post_init__(self) -> None:
         check(self, "edit", base_template=text, concept_template=text, fillers=texts)
-        check(self, "edit", first_steps=whole(1), steps=whole(1), batch_size=whole(1))
+        check(self, "edit", first_steps=whole(1), steps=steps, batch_size=whole(1))
         check(self, "edit", ratio=ratio, majority=_majority, guidance=finite, seed=whole(0))
-        check(self, "edit", record=one_of(RECORDED), noise=one_of(NOISES))
+        check(self, "edit", record=one_of(RECORDED), noise=one_of(NOISES), kind=one_of(SAMPLERS))
         self._check_templates()
         if not self.fillers or not all(word.strip() for word in self.fillers):
             raise UserError(f"edit.fillers={self.fillers} is not allowed: it is a list of words.")

@@ -39,7 +39,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from baselines.checkpoint import Checkpoint, Progress
-from cad.checks import check, finite, flag, one_of, positive, whole
+from cad.checks import check, finite, flag, one_of, positive, steps, whole
 from cad.components import matching_weights, text_projections
 from cad.concepts import Concept
 from cad.edits import Edit
@@ -88,10 +88,10 @@ class ESD(Edit):
     checkpoints: str | None = immaterial(None)  # folder of their folders; None: there are none
 
     def __post_init__(self) -> None:
-        counts = ("iterations", "steps", "batch_size", "accumulation", "checkpoint_every")
+        counts = ("iterations", "batch_size", "accumulation", "checkpoint_every")
         check(self, "edit", **dict.fromkeys(counts, whole(1)))
         check(self, "edit", parameters=one_of(PARAMETERS), trained_on=one_of(TEXTS))
-        check(self, "edit", seed=whole(0), lr=positive)
+        check(self, "edit", seed=whole(0), lr=positive, steps=steps)
         check(self, "edit", negative_guidance=finite, guidance=finite, gradient_checkpointing=flag)
 
     def make(self, model: DiffusionModel, concepts: Sequence[Concept]) -> WeightEdit:

@@ -26,10 +26,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cad.checks import check, finite, whole
+from cad.checks import check, finite, one_of, steps, whole
 from cad.errors import UserError
 from cad.identity import Identified
-from cad.models.base import DiffusionModel
+from cad.models.base import SAMPLERS, DiffusionModel
 from cad.models.conditioning import Conditioning
 from cad.sampling import sample_latents
 from evaluation.pixels import Pixels
@@ -57,7 +57,8 @@ class SamplerSettings(Identified):
     batch_size: int
 
     def __post_init__(self) -> None:
-        check(self, "model.sampler", steps=whole(1), guidance=finite, batch_size=whole(1))
+        check(self, "model.sampler", steps=steps, guidance=finite, batch_size=whole(1))
+        check(self, "model.sampler", kind=one_of(SAMPLERS))
 
 
 @dataclass(frozen=True)
