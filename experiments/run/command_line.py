@@ -10,6 +10,7 @@ import errno
 import json
 import logging
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cad.errors import UserError
 from cad.files import write_atomically
-from experiments.run.configuration import check_results, register_resolvers
+from experiments.run.configuration import CONF, check_results, register_resolvers
 
 USAGE_ERROR = 2  # exit status
 INTERRUPTED = 130  # exit status, as shells have it
@@ -36,6 +37,7 @@ TERMINATED = 143
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 NO_ACCESS = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 CONFIGURING = ("hydra", "omegaconf", "antlr4", "submitit", "hydra_plugins")
+NO_OPTION = re.compile(r"In '.+': Could not load '(\w+)/(.+)'")
 NO_PLUGIN = "\nLaunchers are plug-ins: pip install -e '.[slurm]' or '.[ray]'"
 
 log = logging.getLogger(__name__)
@@ -93,6 +95,10 @@ def find_mistake(error: BaseException) -> str | None:
     known = isinstance(error, HydraException) or _origin(error) in CONFIGURING
     if isinstance(error, InstantiationException) or not known:
         return None
+    listed = NO_OPTION.match(str(error))  # of several, Hydra names no choices
+    if listed and (CONF / listed[1]).is_dir():
+        known = ", ".join(sorted(path.stem for path in (CONF / listed[1]).glob("*.yaml")))
+        return f"{listed[1]}={listed[2]} is unknown; choose from {known}"
     return str(error) + (NO_PLUGIN if "'hydra/launcher/" in str(error) else "")
 
 
