@@ -29,9 +29,13 @@ def main(cfg: DictConfig) -> Path | None:
         make(cfg, list(job.overrides.task))
         return None
     from experiments.run.experiment import prepare, run  # imports PyTorch, as --help need not
+    from experiments.run.overrides import check_overrides
 
     is_sweep = job.mode == RunMode.MULTIRUN
-    return run(prepare(cfg), f"sweep-{Path(job.sweep.dir).name}" if is_sweep else None)
+    prepared = prepare(cfg)
+    if not is_sweep:  # whose combinations may leave something out
+        check_overrides(cfg, job.overrides.task)
+    return run(prepared, f"sweep-{Path(job.sweep.dir).name}" if is_sweep else None)
 
 
 if __name__ == "__main__":

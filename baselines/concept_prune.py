@@ -29,12 +29,12 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from baselines.prompt_pairs import PromptPairs
 from cad.attribution import overflow
-from cad.checks import check, finite, number, one_of, ratio, whole
+from cad.checks import check, finite, number, one_of, ratio, steps, whole
 from cad.components import component_weights
 from cad.concepts import Concept
 from cad.errors import UserError
 from cad.instrument import measure
-from cad.models.base import DiffusionModel
+from cad.models.base import SAMPLERS, DiffusionModel
 from cad.models.conditioning import Conditioning
 from cad.sampling import draw_noise, guide, make_generators
 from cad.selection import floor_share
@@ -70,9 +70,9 @@ class ConceptPrune(PromptPairs):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self, "edit", first_steps=whole(1), steps=whole(1), batch_size=whole(1))
+        check(self, "edit", first_steps=whole(1), steps=steps, batch_size=whole(1))
         check(self, "edit", ratio=ratio, majority=_majority, guidance=finite, seed=whole(0))
-        check(self, "edit", record=one_of(RECORDED), noise=one_of(NOISES))
+        check(self, "edit", record=one_of(RECORDED), noise=one_of(NOISES), kind=one_of(SAMPLERS))
         if self.first_steps > self.steps:
             raise UserError(
                 f"edit.first_steps={self.first_steps} is not allowed: the sampler takes "

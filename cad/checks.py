@@ -6,6 +6,7 @@ A rule raises UserError, naming key and value, for what is not allowed.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ def check(settings: Any, place: str, **rules: Rule) -> None:
         object.__setattr__(settings, name, rule(f"{place}.{name}", getattr(settings, name)))
 
 
-def only(allowed: Callable[[Any], bool], description: str) -> Rule:
+def only(allowed: Callable[[Any], Any], description: str) -> Rule:
     """Values that are `allowed`, as they are."""
 
     def rule(key: str, value: Any) -> Any:
@@ -31,9 +32,10 @@ def only(allowed: Callable[[Any], bool], description: str) -> Rule:
     return rule
 
 
-def whole(least: int) -> Rule:
-    """Whole numbers of at least `least`."""
-    return only(lambda x: type(x) is int and x >= least, f"a whole number, at least {least}")
+def whole(least: int, most: int | None = None) -> Rule:
+    """Whole numbers of at least `least`, and at most `most`."""
+    words = f"a whole number, at least {least}" + ("" if most is None else f", at most {most}")
+    return only(lambda x: type(x) is int and least <= x and (most is None or x <= most), words)
 
 
 def number(allowed: Callable[[float], bool], description: str) -> Rule:
@@ -42,6 +44,7 @@ def number(allowed: Callable[[float], bool], description: str) -> Rule:
     return lambda key, value: float(rule(key, value))
 
 
+steps = whole(1, 1000)  # denoising steps: the models were trained on so many
 flag = only(lambda x: isinstance(x, bool), "true or false")
 text = only(lambda x: isinstance(x, str), "a text, such as ' '")
 
@@ -51,6 +54,10 @@ positive = number(lambda x: x > 0, "a finite number above 0")
 not_negative = number(lambda x: x >= 0, "a finite number of at least 0")
 share = number(lambda x: 0 <= x <= 1, "a number in [0, 1]")
 ratio = number(lambda x: 0 < x <= 1, "a ratio, in (0, 1]")
+folder_name = only(
+    lambda x: isinstance(x, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{,199}", x),
+    "part of a folder's name, so it has letters, digits, '.', '_', '+' and '-' alone, at most 200",
+)
 
 
 def one_of(choices: Collection[str]) -> Rule:

@@ -21,12 +21,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cad.checks import check, finite, flag, one_of, optional, whole
+from cad.checks import check, finite, flag, one_of, optional, steps, whole
 from cad.concepts import Concept
 from cad.errors import UserError
 from cad.files import file_digest
 from cad.identity import tensors_digest
-from cad.models.base import DiffusionModel
+from cad.models.base import SAMPLERS, DiffusionModel
 from cad.sampling import make_generators, walk
 
 ENCODINGS = ("sample", "mode")  # of the autoencoder's distribution of latents
@@ -140,8 +140,9 @@ class GeneratedImages(References):
     batch_size: int = 5  # images at once; changes nothing but float rounding
 
     def __post_init__(self) -> None:
-        check(self, KEYS, count=whole(1), steps=whole(1), guidance=finite, seed=whole(0))
+        check(self, KEYS, count=whole(1), steps=steps, guidance=finite, seed=whole(0))
         check(self, KEYS, encoding=optional(one_of(ENCODINGS)), batch_size=whole(1))
+        check(self, KEYS, kind=one_of(SAMPLERS))
 
     def settings(self, concept: Concept) -> Mapping[str, Any]:
         return {"source": "generated", "prompt": concept.prompt, **asdict(self)}

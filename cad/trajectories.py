@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cad.checks import check, finite, one_of, optional, share, whole
+from cad.checks import check, finite, one_of, optional, share, steps, whole
 from cad.models.base import DiffusionModel
 from cad.models.conditioning import Conditioning
 from cad.sampling import draw_noise, guide, make_generators, walk
@@ -42,8 +42,8 @@ class NoisePlan:
     batch_size: int = 16  # samples evaluated at once
 
     def __post_init__(self) -> None:
-        check(self, KEYS, steps=whole(1), samples=whole(1), batch_size=whole(1), guidance=finite)
-        check(self, KEYS, eta=optional(share), trajectory=one_of(TRAJECTORIES))
+        check(self, KEYS, steps=steps, samples=whole(1), batch_size=whole(1), guidance=finite)
+        check(self, KEYS, eta=optional(share), trajectory=one_of(TRAJECTORIES), seed=whole(0))
 
     def batches(self, total: int) -> list[range]:
         """0 .. total - 1 in batches of at most `batch_size`."""

@@ -53,9 +53,15 @@ class Layout(Identified):
                 f"{origin}, line {line}: the byte 0x{data[error.start]:02x} is not UTF-8. Save the "
                 "file as UTF-8, or set prompts.layout.undecodable=replace"
             ) from error
+        if "\0" in text:
+            line = text[: text.index("\0")].count("\n") + 1
+            raise UserError(f"{origin}, line {line}: a NUL byte, which no text has. Mend the file")
         fieldnames = list(self.header) if self.header else None
         reader = csv.DictReader(io.StringIO(text, newline=""), fieldnames, strict=True)
         try:
+            columns = reader.fieldnames or ()
+            if len({*columns}) < len(columns):
+                raise csv.Error(f"two columns of one name: {', '.join(columns)}")
             for row in reader:
                 if None in row or None in row.values():
                     raise csv.Error(f"more or fewer fields than columns: {reader.fieldnames}")
@@ -198,13 +204,13 @@ class PromptFile(PromptSet):
 
 
 def _whole(text: str, low: int) -> int:
-    if not text.strip().isdecimal() or not low <= int(text) < INTEGER_LIMIT:
+    if not (text.isascii() and text.strip().isdecimal()) or not low <= int(text) < INTEGER_LIMIT:
         raise ValueError(f"it is not a whole number from {low} on")
     return int(text)
 
 
 def _finite(text: str) -> float:
-    if not math.isfinite(float(text)):
+    if not text.isascii() or not math.isfinite(float(text)):
         raise ValueError("it is not a finite number")
     return float(text)
 

@@ -6,6 +6,7 @@ prompts`, files of the Hugging Face hub in the hub's own cache, which `$HF_HOME`
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
@@ -18,7 +19,7 @@ import httpx
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 
 from cad.errors import UserError
-from cad.files import content_digest, write_atomically
+from cad.files import write_atomically
 from cad.identity import Identified, immaterial
 from cad.models.hub import TRANSPORT_ERROR, why_it_failed, why_nothing_comes
 from cad.places import REPOSITORY
@@ -92,7 +93,7 @@ class ShippedFile(PromptSource):
     licence: str = immaterial()
 
     def settings(self) -> dict[str, Any]:
-        return {"file": content_digest(REPOSITORY / self.file)}
+        return {"file": digest(self.read(None))}
 
     @property
     def address(self) -> str:
@@ -143,6 +144,8 @@ class HubFile(PromptSource):
 def read_file(path: Path, origin: str, remedy: str) -> bytes:
     """A file's bytes. UserError, which calls it `origin`, for what cannot be read or is no file."""
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):  # a device would never end
+            raise OSError(errno.EINVAL, "it is no file")
         return path.read_bytes()
     except OSError as error:
         raise UserError(f"{origin} cannot be read: {error.strerror}. {remedy}") from error

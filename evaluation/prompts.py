@@ -20,6 +20,7 @@ from cad.errors import UserError
 from cad.identity import Identified
 
 OBJECT_TEMPLATE = "an image of {subject}"
+MOST_IMAGES = 10**6  # of a set, whose files are numbered with six digits
 STYLE_TEMPLATE = "an image of {subject} in the style of {style}"
 
 
@@ -71,7 +72,8 @@ class ObjectPrompts(PromptSet):
 
     def __post_init__(self) -> None:
         _check_names(self.subjects, "prompts.subjects")
-        whole(1)("images_per_class", self.images_per_class)
+        _check_count("images_per_class", self.images_per_class, len(self.subjects))
+        whole(0)("prompts.seed", self.seed)
         _check_template(self.template, {"subject"})
 
     def build(self) -> list[Prompt]:
@@ -105,7 +107,8 @@ class StylePrompts(PromptSet):
     def __post_init__(self) -> None:
         _check_names(self.styles, "prompts.styles")
         _check_names(self.subjects, "prompts.subjects")
-        whole(1)("images_per_class", self.images_per_class)
+        _check_count("images_per_class", self.images_per_class, len(self.styles))
+        whole(0)("prompts.seed", self.seed)
         _check_template(self.template, {"subject", "style"})
 
     def build(self) -> list[Prompt]:
@@ -144,7 +147,8 @@ class CaptionPrompts(PromptSet):
         for template in self.templates or [""]:
             _check_template(template, {"subject"}, "prompts.templates")
         _check_template(self.style_suffix, {"style"}, "prompts.style_suffix")
-        whole(1)("prompts.count", self.count)
+        _check_count("prompts.count", self.count)
+        whole(0)("prompts.seed", self.seed)
 
     def build(self) -> list[Prompt]:
         return [
@@ -182,6 +186,10 @@ def derive_seed(seed: int, group: str, index: int) -> int:
 def in_order(names: Mapping[str, str]) -> list[list[str]]:
     """A mapping as JSON data that keeps its order, which hashes of objects do not."""
     return [[str(name), text] for name, text in names.items()]
+
+
+def _check_count(key: str, count: int, groups: int = 1) -> None:
+    whole(1, MOST_IMAGES // groups)(key, count)
 
 
 def _check_names(names: Mapping[str, str], key: str) -> None:

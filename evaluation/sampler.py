@@ -26,10 +26,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cad.checks import check, finite, share, whole
+from cad.checks import check, finite, one_of, share, steps, whole
 from cad.errors import UserError
 from cad.identity import Identified
-from cad.models.base import DiffusionModel
+from cad.models.base import SAMPLERS, DiffusionModel
 from cad.models.conditioning import Conditioning
 from cad.sampling import sample_latents
 from evaluation.pixels import Pixels
@@ -59,8 +59,8 @@ class SamplerSettings(Identified):
     eta: float = 0.0
 
     def __post_init__(self) -> None:
-        check(self, "model.sampler", steps=whole(1), guidance=finite, batch_size=whole(1))
-        check(self, "model.sampler", eta=share)
+        check(self, "model.sampler", steps=steps, guidance=finite, batch_size=whole(1))
+        check(self, "model.sampler", kind=one_of(SAMPLERS), eta=share)
 
     def settings(self) -> dict[str, Any]:
         """All, but no eta of 0, so that sets keep the keys that they had without it."""

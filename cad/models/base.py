@@ -6,6 +6,7 @@ flow's velocity.
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -25,6 +26,7 @@ from cad.models.sampler import Sampler
 PUBLISHED = "published"
 RANDOM = ("random", "random-small")  # at full size, at small widths
 WEIGHTS = (PUBLISHED, *RANDOM)
+SAMPLERS = ("default", "ddim")  # kinds of `DiffusionModel.sampler`
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -251,12 +253,9 @@ def resolve_device(device: str | torch.device) -> torch.device:
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        resolved = torch.device(device)
-    except RuntimeError as error:
-        raise UserError(
-            f"device={device!r} is unknown; allowed: auto, cpu, cuda, cuda:0, ..."
-        ) from error
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", str(device)):
+        raise UserError(f"device={str(device)!r} is unknown; allowed: auto, cpu, cuda, cuda:0, ...")
+    resolved = torch.device(device)
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         raise UserError(
             f"device={device!r} is not there: PyTorch sees {torch.cuda.device_count()} CUDA "

@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 from cad.checks import one_of
 from cad.errors import UserError
 from cad.identity import digest, parameter_digest
-from cad.models.base import DiffusionModel, Origin
+from cad.models.base import SAMPLERS, DiffusionModel, Origin
 from cad.models.conditioning import TextEncoder, TokenSpace, visiting
 from cad.models.hub import Located
 from cad.models.sampler import Sampler, draw
@@ -145,7 +145,7 @@ class PipelineModel(DiffusionModel):
         return TokenSpace(self.texts[0], self.device)
 
     def sampler(self, steps: int, kind: str = "default", eta: float | None = 0.0) -> Sampler:
-        one_of(("default", "ddim"))("sampler.kind", kind)
+        one_of(SAMPLERS)("sampler.kind", kind)
         template = self._first_order if kind == "ddim" else self._scheduler
         return Sampler(type(template).from_config(template.config), steps, self.device, eta)
 

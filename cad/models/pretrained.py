@@ -17,13 +17,23 @@ from diffusers.loaders.single_file_utils import SingleFileComponentError
 from safetensors import SafetensorError
 from torch import nn
 
-from cad.checks import one_of
+from cad.checks import check, folder_name, one_of, only
 from cad.errors import UserError
 from cad.identity import Identified, answer, immaterial
-from cad.models.base import PUBLISHED, WEIGHTS, Origin, resolve_device, resolve_dtype
+from cad.models.base import (
+    DTYPES,
+    PUBLISHED,
+    WEIGHTS,
+    DiffusionModel,
+    Origin,
+    resolve_device,
+    resolve_dtype,
+)
 from cad.models.hub import UNUSED, Located, Source
 from cad.models.pipeline import PipelineModel
 from cad.models.random_weights import random_pipeline
+
+_pixels = only(lambda x: type(x) is int and x > 0 and x % 8 == 0, "pixels, a multiple of 8")
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +61,8 @@ class Pretrained(Identified):
 
     def __post_init__(self) -> None:
         one_of(WEIGHTS)("model.weights", self.weights)
+        names = one_of(("auto", *DTYPES))
+        check(self, "model.adapter", name=folder_name, dtype=names, resolution=_pixels)
         if self.weights != PUBLISHED and self.architecture is None:
             raise UserError(
                 f"model.weights={self.weights} needs model.architecture, a published one: sd14."
@@ -82,7 +94,7 @@ class Pretrained(Identified):
         place = resolve_device(device or self.device)
         home = torch.device("cpu") if self.offload else place
         pipeline, located = self.pipeline(home, resolve_dtype(self.dtype, place))
-        model = self._family()(self.name, pipeline, self.resolution, located)
+        model = self.family_class()(self.name, pipeline, self.resolution, located)
         model.denoiser.to(place)
         return model
 
@@ -92,7 +104,7 @@ class Pretrained(Identified):
         Silences both libraries. Raises UserError as `Source.locate`, `load_pipeline` and
         `random_pipeline`, for a family that does not exist, and for t5=false of one without.
         """
-        family = self._family()
+        family = self.family_class()
         if not (self.t5 or family.t5_parts):
             raise UserError(f"t5=false: model={self.name} reads prompts without a T5.")
         without = () if self.t5 else family.t5_parts
@@ -112,10 +124,13 @@ class Pretrained(Identified):
         )
         return pipeline, Located(Path(), None, Origin(architecture, self.weights))
 
-    def _family(self) -> type[PipelineModel]:
+    def family_class(self) -> type[PipelineModel]:
+        """The adapter's class. UserError where `family` names none."""
         try:
             family: type[PipelineModel] = pkgutil.resolve_name(self.family)
-        except (ImportError, AttributeError, ValueError) as error:
+            if not issubclass(family, DiffusionModel):
+                raise ValueError("it is no family of models")
+        except (ImportError, AttributeError, ValueError, TypeError) as error:
             raise UserError(f"model.adapter.family={self.family} is no class: {error}") from error
         return family
 

@@ -196,7 +196,11 @@ class ClipFolder(Embedder):
         return label_of("clip", Path(self.folder) / "model.safetensors")
 
     def settings(self) -> dict[str, Any]:
-        """The folder's content, tokenizer and all, wherever it lies."""
+        """The folder's content, tokenizer and all, wherever it lies. UserError if it is none."""
+        if not (Path(self.folder) / "config.json").is_file():  # of another, nothing is read
+            raise UserError(
+                f"model.clip.folder={self.folder} holds no CLIP: config.json is missing"
+            )
         return {"folder": content_digest(Path(self.folder))}
 
     @cached_property

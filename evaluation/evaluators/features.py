@@ -141,7 +141,7 @@ class FeatureStatistics:
             with safe_open(path, framework="numpy") as file:
                 maker = (file.metadata() or {}).get(EXTRACTOR, extractor.label)
                 mean, covariance, count = (file.get_tensor(name) for name in names)
-        except (FileNotFoundError, SafetensorError) as error:
+        except (OSError, SafetensorError) as error:
             raise UserError(f"FID's reference {path} cannot be read: {error}") from error
         if maker != extractor.label:
             raise UserError(

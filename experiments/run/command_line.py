@@ -10,6 +10,8 @@ import errno
 import json
 import logging
 import os
+import re
+import signal
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -18,7 +20,7 @@ from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
-from hydra.errors import InstantiationException
+from hydra.errors import HydraException, InstantiationException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
@@ -26,13 +28,16 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cad.errors import UserError
 from cad.files import write_atomically
-from experiments.run.configuration import check_results, register_resolvers
+from experiments.run.configuration import CONF, check_results, register_resolvers
 
 USAGE_ERROR = 2  # exit status
 INTERRUPTED = 130  # exit status, as shells have it
 LINK = "result.json"  # of a multirun's job
+TERMINATED = 143
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+NO_ACCESS = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 CONFIGURING = ("hydra", "omegaconf", "antlr4", "submitit", "hydra_plugins")
+NO_OPTION = re.compile(r"In '.+': Could not load '(\w+)/(.+)'")
 NO_PLUGIN = "\nLaunchers are plug-ins: pip install -e '.[slurm]' or '.[ray]'"
 
 log = logging.getLogger(__name__)
@@ -40,20 +45,29 @@ log = logging.getLogger(__name__)
 register_resolvers()
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, by which batch systems end a job: the run ends as after Ctrl-C."""
+
+
 def exit_status(program: Callable[[], object]) -> int:
-    """0; USAGE_ERROR after the message of a user's mistake; INTERRUPTED after Ctrl-C."""
+    """0; USAGE_ERROR after the message of a user's mistake; INTERRUPTED, TERMINATED by a signal."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # else Hydra ends the process with its own words
+    logging.raiseExceptions = False  # a log's full disk
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         program()
-    except KeyboardInterrupt:
-        log.error("interrupted: the same command goes on where this one stopped")
-        return INTERRUPTED
+    except KeyboardInterrupt as end:
+        told = str(end) or "interrupted"
+        log.error("%s: the same command goes on where this one stopped", told)
+        return TERMINATED if isinstance(end, Terminated) else INTERRUPTED
     except Exception as error:
         message = find_mistake(error)
         if message is None:
             raise
         log.error("%s", message)
         return USAGE_ERROR
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
 
 
@@ -74,11 +88,22 @@ def find_mistake(error: BaseException) -> str | None:
             f"cannot write {error.filename or 'a result'} ({error.strerror}): make room, or choose "
             "another folder with paths.results=DIR; the same command goes on where it stopped"
         )
-    if isinstance(error, InstantiationException) or _origin(error) not in CONFIGURING:
-        return None
+    if isinstance(error, OSError) and error.errno in NO_ACCESS:
+        return f"{error.filename or 'a file'} cannot be read or written ({error.strerror})"
     if isinstance(error, OmegaConfBaseException):
-        return f"{error.full_key}: {str(error).splitlines()[0]}"
+        return f"{error.full_key or 'the configuration'}: {str(error).splitlines()[0]}"
+    known = isinstance(error, HydraException) or _origin(error) in CONFIGURING
+    if isinstance(error, InstantiationException) or not known:
+        return None
+    listed = NO_OPTION.match(str(error))  # of several, Hydra names no choices
+    if listed and (CONF / listed[1]).is_dir():
+        known = ", ".join(sorted(path.stem for path in (CONF / listed[1]).glob("*.yaml")))
+        return f"{listed[1]}={listed[2]} is unknown; choose from {known}"
     return str(error) + (NO_PLUGIN if "'hydra/launcher/" in str(error) else "")
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise Terminated("terminated")
 
 
 def _origin(error: BaseException) -> str:

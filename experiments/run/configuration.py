@@ -6,11 +6,10 @@ answers at once.
 
 from __future__ import annotations
 
-import inspect
+import math
 import os
+import re
 import tempfile
-import types
-import typing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,22 +19,22 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, Node, OmegaConf
 
-from cad.checks import number, optional, whole
+from cad.checks import flag, number, optional, texts, whole
 from cad.errors import UserError
 from cad.places import IS_CHECKOUT, REPOSITORY
+from experiments.run.arguments import check_arguments, target_of
 
 CONF = REPOSITORY / "conf"
 GROUPS = {  # the key of a prompt set's configuration that names the groups of its images
     "evaluation.prompts.ObjectPrompts": "subjects",
     "evaluation.prompts.StylePrompts": "styles",
 }
-SCALARS = {  # types whose values are checked, and what these are called in messages
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "a text",
-    type(None): "null",
-}
+CHOSEN = ("model", "concepts", "edit", "engine", "logger", "paths")  # no run without one of each
+FOLDERS = (  # that are written to, where they are chosen
+    *(f"paths.{name}" for name in ("results", "runs", "images", "scores", "edits", "statistics")),
+    *("attack.store", "edit.store.root", "edit.checkpoints"),
+)
+LARGEST = 2**63  # of the numbers that libraries take
 
 Compose = Callable[..., DictConfig]
 """compose(overrides, name="config"): what a program of the suite would be given."""
@@ -133,10 +132,11 @@ def plain(node: Any) -> Any:
 def build(node: DictConfig, target: Callable[..., Any] | None = None) -> Any:
     """The object that a node describes: `target`, or its `_target_`, called with its other values.
 
-    Raises UserError, naming the key, for a value of another type than the target asks for, and for
-    a key that it does not have; and what the target raises.
+    Raises UserError, naming the key, for a node that is no part, for a value of another type than
+    the target asks for, and for a key that it does not have; and what the target raises.
     """
-    _check_arguments(node, target or hydra.utils.get_object(node._target_))
+    place = node._get_full_key(None) if OmegaConf.is_config(node) else "it"
+    check_arguments(node, target or target_of(node, place), place)
     return target(**plain(node)) if target else hydra.utils.instantiate(node, _convert_="all")
 
 
@@ -159,10 +159,13 @@ def check(cfg: DictConfig) -> None:
 
     What a part checks when it is made (`build`) is left to it.
     """
+    _check_chosen(cfg)
+    _check_values(plain(cfg))
     _check_named(cfg)
     _check_concepts(cfg)
     _check_weights(cfg)
     _check_prompts(cfg)
+    flag("safety.mask", cfg.safety.mask)
     whole(0)("seed", cfg.seed)
     whole(1)("images_per_class", cfg.images_per_class)
     optional(whole(1))("limit", cfg.limit)
@@ -172,7 +175,7 @@ def check(cfg: DictConfig) -> None:
 
 def check_concept(cfg: DictConfig, concept: DictConfig) -> None:
     """Raise UserError for a concept that the model does not know."""
-    known = cfg.model.concepts
+    known = optional(texts)("model.concepts", cfg.model.concepts)
     if known is not None and concept.name not in known:
         raise UserError(
             f"concept={concept.name} is unknown to model={cfg.model.name}, which draws: "
@@ -181,18 +184,24 @@ def check_concept(cfg: DictConfig, concept: DictConfig) -> None:
 
 
 def check_results(cfg: DictConfig) -> None:
-    """Make the folder of all results. UserError where paths.results is none, or takes no files."""
+    """Make the folder of all results. UserError for one of FOLDERS that takes no files."""
     _check_named(cfg)
-    given = cfg.paths.results
-    try:
-        Path(given).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=given):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"paths.results={given} cannot be written to ({os.strerror(error.errno or 0)}); choose "
-            "another folder with paths.results=DIR"
-        ) from error
+    for key in FOLDERS:
+        given = OmegaConf.select(cfg, key)
+        if given is None:
+            continue
+        place = Path(_check_folder(key, given))
+        try:
+            if key == "paths.results":
+                place.mkdir(parents=True, exist_ok=True)
+            there = next(each for each in (place, *place.parents) if os.path.lexists(each))
+            with tempfile.TemporaryFile(dir=there):
+                pass
+        except OSError as error:
+            raise UserError(
+                f"{key}={place} cannot be written to ({os.strerror(error.errno or 0)}); choose "
+                f"another folder with {key}=DIR"
+            ) from error
 
 
 def adding(concept: DictConfig) -> str:
@@ -201,40 +210,45 @@ def adding(concept: DictConfig) -> str:
     return f"prompts={name} '+prompts.{key}.{concept.name}={concept.text}'"
 
 
-def _check_arguments(node: DictConfig, target: Callable[..., Any]) -> None:
-    """Refuse values of `build`'s node, and of the nodes in it, that the target cannot take."""
-    parameters = inspect.signature(target).parameters
-    is_open = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
-    try:
-        hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
-    except NameError:  # of a type that is imported for type checkers alone
-        hints = {}
-    for name, value in node.items():
-        key = f"{node._get_full_key(None)}.{name!s}"
-        if isinstance(value, DictConfig) and "_target_" in value:
-            _check_arguments(value, hydra.utils.get_object(value._target_))
-        elif not str(name).startswith("_") and name not in parameters and not is_open:
-            known = ", ".join(parameters)
-            raise UserError(f"{key} is unknown; {target.__name__} takes: {known}")
-        elif (wanted := _misfit(value, hints.get(str(name)))) is not None:
-            raise UserError(f"{key}={value} is not allowed; it is {wanted}")
+def _check_chosen(cfg: DictConfig) -> None:
+    for group in CHOSEN:
+        if not isinstance(OmegaConf.select(cfg, group), DictConfig) or not cfg[group]:
+            name = group.removesuffix("s") if group == "concepts" else group
+            known = ", ".join(sorted(path.stem for path in (CONF / name).glob("*.yaml")))
+            raise UserError(f"{name}={cfg.get(group)} is not allowed; choose one of {known}")
 
 
-def _misfit(value: Any, hint: Any) -> str | None:
-    """The annotated type in words, if the value is not of it; types beside SCALARS all fit."""
-    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    fits = type(value) in allowed or (type(value) is int and float in allowed)
-    if fits or not set(allowed) <= SCALARS.keys():
-        return None
-    return " or ".join(SCALARS[each] for each in allowed)
+def _check_values(value: Any, key: str = "") -> None:
+    """Refuse, wherever they stand, numbers that nobody can compute with and texts of no file."""
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for name, each in items:
+            _check_values(each, f"{key}.{name}".removeprefix("."))
+    elif isinstance(value, int | float) and not (math.isfinite(value) and abs(value) < LARGEST):
+        raise UserError(f"{key}={value} is not allowed: numbers are finite, and below 2^63")
+    elif isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):  # bytes that are no text
+        raise UserError(f"{key}={value!r} is not allowed: texts are UTF-8, without NUL")
 
 
 def _check_named(cfg: DictConfig) -> None:
-    if not str(cfg.paths.results or "").strip():
-        raise UserError("paths.results is empty: name a folder for all results, paths.results=DIR")
+    for name, given in cfg.paths.items():
+        _check_folder(f"paths.{name}", given)
+    if cfg.get("attacks"):
+        _check_folder("attack.store", cfg.attack.store)
+
+
+def _check_folder(key: str, given: Any) -> str:
+    """The name of a folder; UserError for what is none, or would be one called "~"."""
+    if not isinstance(given, str) or not given.strip() or "\0" in given:
+        raise UserError(f"{key} is {given or 'empty'}: name a folder, {key}=DIR")
+    if given.startswith("~"):
+        raise UserError(f"{key}={given}: write the folder in full, ~ stands for nothing here")
+    return given
 
 
 def _check_concepts(cfg: DictConfig) -> None:
+    for name, concept in cfg.concepts.items():
+        target_of(concept, f"concepts.{name}")
     kinds = {concept.name: concept.kind for concept in cfg.concepts.values()}
     if len(set(kinds.values())) > 1:
         raise UserError(
@@ -255,7 +269,7 @@ def _check_concepts(cfg: DictConfig) -> None:
 def _groups(cfg: DictConfig) -> list[str]:
     """The groups that the chosen prompts announce: their styles or subjects; [] if they do not."""
     key = GROUPS.get(cfg.prompts._target_) if cfg.prompts and "_target_" in cfg.prompts else None
-    return [str(name) for name in cfg.prompts[key]] if key else []
+    return [str(name) for name in cfg.prompts[key] or ()] if key else []
 
 
 def _check_weights(cfg: DictConfig) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import gc
 import logging
-import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -197,8 +196,8 @@ def _describe_work(experiment: Experiment, group: str | None) -> dict[str, Any]:
 
 def _make(experiment: Experiment, work: Path) -> None:
     """Fill the folder `work` with the result."""
-    model = experiment.model.load()
     prompts = read_prompts(experiment.cfg, experiment.prompt_sets)
+    model = experiment.model.load()
     _check_loaded(experiment, model, prompts)
     edit = _make_edit(experiment, model, work)
     effect = _report_effects(experiment, model, work)
@@ -250,7 +249,7 @@ def _check_component(experiment: Experiment) -> None:
     method, count = experiment.method, experiment.cfg.effect.count
     scored = innermost(method)
     if isinstance(scored, ScoredEdit):
-        known = pkgutil.resolve_name(experiment.model.family).components
+        known = experiment.model.family_class().components
         component = scored.attribution.component
         if component not in known:
             raise UserError(

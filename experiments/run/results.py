@@ -25,7 +25,6 @@ from __future__ import annotations
 import json
 import logging
 import platform
-import re
 import shutil
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -40,7 +39,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from cad.errors import UserError
+from cad.checks import folder_name
 from cad.files import file_digest, locked, write_atomically
 from cad.identity import LIBRARIES, library_version, short_digest
 from cad.places import REPOSITORY
@@ -54,7 +53,6 @@ ARRAYS = "arrays.safetensors"
 UNFINISHED = ".unfinished"
 PACKAGES = (*LIBRARIES, "torchvision", "safetensors", "numpy", "hydra-core")
 UNTRACKED = ("wandb",)  # a mirror of the result, not part of it
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")  # what may be a part of a folder's name
 
 logger = logging.getLogger(__name__)
 
@@ -74,11 +72,7 @@ class ResultFolder:
         Raises UserError for a name that could lead elsewhere.
         """
         for key, name in names.items():
-            if not NAME.fullmatch(name):
-                raise UserError(
-                    f"{key}={name} is not allowed: it becomes part of a folder's name, so it has "
-                    "letters, digits, '.', '_', '+' and '-' alone"
-                )
+            folder_name(key, name)
         return cls(runs, "-".join(names.values()), short_digest(identity))
 
     @property

@@ -24,6 +24,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from tqdm import tqdm
 
+from cad.checks import flag, optional, text, whole
 from cad.errors import UserError
 from cad.models.base import PUBLISHED, resolve_device
 from cad.models.stable_diffusion_3 import T5_PARTS
@@ -82,6 +83,12 @@ def make(cfg: DictConfig, overrides: Sequence[str]) -> None:
     `overrides` are the command's, without those of Hydra. Raises UserError, after everything else
     is done, where something could not be made.
     """
+    making = cfg.making
+    for key in ("fast", "dry", "render"):
+        flag(f"making.{key}", making[key])
+    for key in ("filter", "methods"):
+        text(f"making.{key}", making[key])
+    optional(whole(0))("making.run", making.run)
     folders, lost = option_folders(), []
     with composer(folders) as compose:
         command = Command(cfg, overrides, compose, folders, _launcher())
