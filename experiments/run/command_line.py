@@ -97,8 +97,8 @@ def find_mistake(error: BaseException) -> str | None:
         return None
     listed = NO_OPTION.match(str(error))  # of several, Hydra names no choices
     if listed and (CONF / listed[1]).is_dir():
-        known = ", ".join(sorted(path.stem for path in (CONF / listed[1]).glob("*.yaml")))
-        return f"{listed[1]}={listed[2]} is unknown; choose from {known}"
+        choices = ", ".join(sorted(path.stem for path in (CONF / listed[1]).glob("*.yaml")))
+        return f"{listed[1]}={listed[2]} is unknown; choose from {choices}"
     return str(error) + (NO_PLUGIN if "'hydra/launcher/" in str(error) else "")
 
 

@@ -39,9 +39,9 @@ def check_overrides(cfg: DictConfig, overrides: Sequence[str]) -> None:
 
 def _used(cfg: DictConfig) -> dict[str, Any]:
     """All that the run is made of, resolved."""
-    more = ("attack", "model.evaluators") if cfg.attacks else ()
-    more += ("effect.share",) if cfg.effect.count else ()
-    return {key: plain(OmegaConf.select(cfg, key)) for key in (*USED, *more)}
+    attacked = ("attack", "model.evaluators") if cfg.attacks else ()
+    compared = ("effect.share",) if cfg.effect.count else ()
+    return {key: plain(OmegaConf.select(cfg, key)) for key in (*USED, *attacked, *compared)}
 
 
 def _without(cfg: DictConfig, key: str) -> dict[str, Any] | None:
