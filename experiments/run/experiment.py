@@ -196,8 +196,8 @@ def _describe_work(experiment: Experiment, group: str | None) -> dict[str, Any]:
 
 def _make(experiment: Experiment, work: Path) -> None:
     """Fill the folder `work` with the result."""
-    prompts = read_prompts(experiment.cfg, experiment.prompt_sets)
     model = experiment.model.load()
+    prompts = read_prompts(experiment.cfg, experiment.prompt_sets)
     _check_loaded(experiment, model, prompts)
     edit = _make_edit(experiment, model, work)
     effect = _report_effects(experiment, model, work)

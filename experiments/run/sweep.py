@@ -64,6 +64,8 @@ def summarise(folder: Path) -> bool:
 
 def _draw(frame: pd.DataFrame, folder: Path) -> None:
     """Write the plots that there is something for."""
+    if frame.empty:
+        return
     ratios, edits = ratio_series(frame), edit_series(frame)
     drawn = {"plot": draw_ratios(ratios)} if ratios else {}
     drawn |= {"edits": draw_edits(edits)} if edits else {}
@@ -99,8 +101,6 @@ def edit_series(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 def ratio_series(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """The rows of each configuration that was run at two ratios or more, by its title."""
-    if frame.empty:
-        return {}
     found = {}
     varying = [key for key in SERIES if frame[key].nunique() > 1 or key == "concept"]
     for key, group in frame.groupby(SERIES, sort=False, dropna=True):
