@@ -28,8 +28,8 @@ def main(cfg: DictConfig) -> Path | None:
 
         make(cfg, list(job.overrides.task))
         return None
+    from experiments.run.configuration import check_overrides
     from experiments.run.experiment import prepare, run  # imports PyTorch, as --help need not
-    from experiments.run.overrides import check_overrides
 
     is_sweep = job.mode == RunMode.MULTIRUN
     prepared = prepare(cfg)

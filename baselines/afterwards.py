@@ -36,6 +36,10 @@ class Afterwards(Edit):
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", f"{self.inner.name}+{self.step}")
 
+    @property
+    def innermost(self) -> Edit:
+        return self.inner.innermost
+
     def settings(self, concepts: Sequence[Concept]) -> Mapping[str, Any]:
         inner = self.inner.identity(concepts)
         del inner["concepts"]
@@ -58,13 +62,6 @@ class Afterwards(Edit):
 
         Raises UserError for an edit that it can do nothing with.
         """
-
-
-def innermost(method: Edit) -> Edit:
-    """The method that edits, whatever is done afterwards."""
-    while isinstance(method, Afterwards):
-        method = method.inner
-    return method
 
 
 @torch.no_grad()

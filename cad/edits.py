@@ -63,6 +63,11 @@ class Edit(ABC):
         found = {"model": model.provenance(), **self.identity(concepts)}
         return found | describe_runtime(model.device)
 
+    @property
+    def innermost(self) -> Edit:
+        """The method that edits, where something is done to its edit afterwards; else itself."""
+        return self
+
     def clean_up(self, model: DiffusionModel, concepts: Sequence[Concept]) -> None:
         """Deletes what `make` kept on disk to go on from, now that the edit itself is stored."""
         return None

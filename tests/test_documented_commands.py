@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from cad.places import REPOSITORY
-from experiments.run.configuration import check, compose
-from experiments.run.overrides import check_overrides
+from experiments.run.configuration import check, check_overrides, compose
 
 COMMAND = re.compile(r"python run\.py ((?:(?!  |`|\||\\).)+)")
 OTHERWISE = ("-m", "--", "table=", "figure=", "PATH")  # no single run, or not to be taken as it is

@@ -145,7 +145,8 @@ class PipelineModel(DiffusionModel):
         return TokenSpace(self.texts[0], self.device)
 
     def sampler(self, steps: int, kind: str = "default", eta: float | None = 0.0) -> Sampler:
-        one_of(SAMPLERS)("sampler.kind", kind)
+        if kind not in SAMPLERS:
+            one_of(SAMPLERS)("sampler.kind", kind)
         template = self._first_order if kind == "ddim" else self._scheduler
         return Sampler(type(template).from_config(template.config), steps, self.device, eta)
 

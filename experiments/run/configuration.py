@@ -17,6 +17,7 @@ from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, Node, OmegaConf
 
 from cad.checks import flag, number, optional, texts, whole
@@ -35,6 +36,13 @@ FOLDERS = (  # that are written to, where they are chosen
     *("attack.store", "edit.store.root", "edit.checkpoints"),
 )
 LARGEST = 2**63  # of the numbers that libraries take
+
+PROBE = "?"  # a value that no key has
+USED = (  # of a run's configuration; what they interpolate is used too
+    *("model.name", "model.adapter", "model.sampler", "model.prompts", "model.concepts"),
+    *("concepts", "edit", "prompts", "evaluator", "attacks", "engine", "logger", "paths"),
+    *("seed", "limit", "device", "dtype", "safety", "effect.count"),
+)
 
 Compose = Callable[..., DictConfig]
 """compose(overrides, name="config"): what a program of the suite would be given."""
@@ -204,6 +212,24 @@ def check_results(cfg: DictConfig) -> None:
             ) from error
 
 
+def check_overrides(cfg: DictConfig, overrides: Sequence[str]) -> None:
+    """Raise UserError for an override of a run that changes nothing, and for a choice named twice.
+
+    An override has an effect if another value of its key gives another run.
+    """
+    used = _used(cfg)
+    for given in OverridesParser.create().parse_overrides(list(overrides)):
+        key, value = given.key_or_group, given.value()
+        if (CONF / key).is_dir():
+            if isinstance(value, list) and len({*map(str, value)}) < len(value):
+                raise UserError(f"{given.input_line}: one is named twice; name each once")
+        elif not given.is_delete() and _without(cfg, key) == used:
+            raise UserError(
+                f"{key} has no effect on this run of model={cfg.model.name}, "
+                f"edit={cfg.edit._target_.rpartition('.')[2]}: leave {given.input_line} out"
+            )
+
+
 def adding(concept: DictConfig) -> str:
     """The overrides that add a concept to prompts: a set by its name, and the entry."""
     name, key = ("styles", "styles") if concept.kind == "style" else ("objects", "subjects")
@@ -318,3 +344,20 @@ def _check_effect(cfg: DictConfig) -> None:
             f"effect.count={count} looks at the objective of one concept; chosen are "
             f"{', '.join(cfg.concepts)}. Use effect.count=0 or name one"
         )
+
+
+def _used(cfg: DictConfig) -> dict[str, Any]:
+    """All that the run is made of, resolved."""
+    attacked = ("attack", "model.evaluators") if cfg.attacks else ()
+    compared = ("effect.share",) if cfg.effect.count else ()
+    return {key: plain(OmegaConf.select(cfg, key)) for key in (*USED, *attacked, *compared)}
+
+
+def _without(cfg: DictConfig, key: str) -> dict[str, Any] | None:
+    """What is used where the key has another value; None where nothing can be composed of that."""
+    other = cfg.copy()
+    try:
+        OmegaConf.update(other, key, PROBE, merge=False, force_add=True)
+        return _used(other)
+    except Exception:  # whatever a resolver makes of the probe: it was looked at
+        return None

@@ -15,7 +15,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.run.names import display, display_words
+from experiments.run.rendering import display, display_words
 
 # Okabe and Ito's colours.
 ORANGE, BLUE, GREEN, SKY, BLACK = "#D55E00", "#0072B2", "#009E73", "#56B4E9", "#000000"

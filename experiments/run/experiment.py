@@ -19,7 +19,6 @@ from typing import Any, Protocol
 from omegaconf import DictConfig, OmegaConf
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from baselines.afterwards import innermost
 from cad.components import component_weights
 from cad.concepts import Concept
 from cad.edits import CADAmplify, Edit, NoEdit, ScoredEdit, make_edit
@@ -247,7 +246,7 @@ def make_images(
 def _check_component(experiment: Experiment) -> None:
     """Raise UserError for weights that the model's family does not have, or no scores to check."""
     method, count = experiment.method, experiment.cfg.effect.count
-    scored = innermost(method)
+    scored = method.innermost
     if isinstance(scored, ScoredEdit):
         known = experiment.model.family_class().components
         component = scored.attribution.component
@@ -288,7 +287,7 @@ def _check_loaded(experiment: Experiment, model: DiffusionModel, prompts: Prompt
         except UserError as error:
             other = "Other evaluators judge any images: evaluator=[lpips,clip_score]"
             raise UserError(f"{str(error).rstrip('.')}. {other}") from error
-    amplifying = innermost(method)
+    amplifying = method.innermost
     if isinstance(amplifying, CADAmplify):
         given = amplifying, experiment.concepts, experiment.evaluators
         check_photographs(*given, model.resolution)

@@ -5,20 +5,37 @@ Cells are formatted here and nowhere else, so all of them show the same digits.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
 from cad.models.base import RANDOM
+from experiments.run.configuration import CONF
 from experiments.run.groups import MEAN
-from experiments.run.names import display, display_words
 from experiments.run.results import read_json
 
 DASH = "–"  # nothing was measured
+NAMES = {str(key): str(name) for key, name in OmegaConf.load(CONF / "names.yaml").items()}
+OURS = "CAD-"  # how the names of the paper's own methods begin
+
+
+def display(name: str) -> str:
+    """ "CAD-Erase" of erase, "French horn" of french_horn."""
+    return NAMES.get(name) or (name[:1].upper() + name[1:]).replace("_", " ")
+
+
+def display_words(text: str) -> str:
+    """A name as `display` spells it; of another text the words with an underscore alone.
+
+    FACE_MALE, a label of NudeNet's, stays as it is.
+    """
+    return NAMES.get(text) or re.sub(r"\b[a-z]+_\w+", lambda word: display(word[0]), text)
 
 
 def result_table(metrics: dict[str, Any], cost: dict[str, Any]) -> pd.DataFrame:

@@ -18,10 +18,11 @@ import pandas as pd
 from cad.files import write_atomically
 from experiments.run.command_line import LINK
 from experiments.run.curves import draw_edits, draw_ratios, save
-from experiments.run.names import display, display_words
 from experiments.run.pictures import side_by_side
 from experiments.run.rendering import (
     compare_runs,
+    display,
+    display_words,
     join_concepts,
     show_table,
     tidy,

@@ -14,8 +14,7 @@ from functools import partial
 import pandas as pd
 
 from cad.places import REPOSITORY
-from experiments.run.names import display
-from experiments.run.rendering import DASH, to_markdown
+from experiments.run.rendering import DASH, display, to_markdown
 from experiments.tables.cells import Cell, build_cells, read_published
 from experiments.tables.exhibit import AVERAGE, METRIC, ListedRun, Table
 from experiments.tables.notes import MARK, table_notes

@@ -10,9 +10,10 @@ from typing import Any
 import pandas as pd
 from omegaconf import OmegaConf
 
-from experiments.run.names import display, display_words
 from experiments.run.rendering import (
     compare_runs,
+    display,
+    display_words,
     join_concepts,
     result_table,
     run_settings,

@@ -15,7 +15,7 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 from cad.errors import UserError
-from experiments.run.names import OURS, display, display_words
+from experiments.run.rendering import OURS, display, display_words
 
 TITLE = re.compile(r"\A\*\*(.+), (.+?): (.+)\*\*")  # called, models: subject
 PICTURE = re.compile(r'src="([^":]+\.png)"')

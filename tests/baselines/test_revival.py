@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from baselines.afterwards import edited_weights, innermost
+from baselines.afterwards import edited_weights
 from baselines.revival import Refilled, Revived, soft_impute
 from cad.edits import Edit, NoEdit
 from cad.errors import UserError
@@ -97,7 +97,7 @@ def test_noise_hides_the_zeros(tiny_model, church):
 def test_a_chain_is_an_edit_with_its_inner_ones_identity(tiny_model, church, tmp_path):
     chain = Refilled(Revived(Pruned(), iterations=1, seed=1), store=Store(tmp_path))
     assert chain.name == "pruned+revived+refilled"
-    assert isinstance(innermost(chain), Pruned)
+    assert isinstance(chain.innermost, Pruned)
     identity = chain.identity([church])
     assert identity["settings"]["inner"]["settings"]["seed"] == 1
     assert identity["settings"]["inner"]["settings"]["inner"]["edit"] == "pruned"

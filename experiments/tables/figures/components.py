@@ -11,8 +11,7 @@ from matplotlib.axes import Axes
 
 from cad.errors import UserError
 from experiments.run.curves import BLUE, ORANGE, PAGE, new_canvas
-from experiments.run.names import display_words
-from experiments.run.rendering import join_concepts
+from experiments.run.rendering import display_words, join_concepts
 from experiments.run.results import read_json
 from experiments.tables.exhibit import ListedRun
 from experiments.tables.figures.drawing import Drawing

@@ -9,8 +9,7 @@ from matplotlib.axes import Axes
 from scipy.stats import pearsonr
 
 from experiments.run.curves import BLUE, add_legend, new_panels
-from experiments.run.names import display
-from experiments.run.rendering import join_concepts, title
+from experiments.run.rendering import display, join_concepts, title
 from experiments.run.results import read_json
 from experiments.tables.exhibit import ListedRun
 from experiments.tables.figures.drawing import Drawing

@@ -19,8 +19,7 @@ from experiments.run.curves import (
     add_legend,
     new_panels,
 )
-from experiments.run.names import display, display_words
-from experiments.run.rendering import DASH, tidy
+from experiments.run.rendering import DASH, display, display_words, tidy
 from experiments.tables.exhibit import ListedRun
 from experiments.tables.figures.drawing import Drawing
 from experiments.tables.figures.ratios import CONCEPT, mean_over_concepts

@@ -18,9 +18,8 @@ from evaluation.image_sets import ImageSet
 from evaluation.masking import Masker
 from evaluation.prompts import Prompt
 from experiments.run.curves import PAGE, new_canvas
-from experiments.run.names import display
 from experiments.run.pictures import Mask, Pixels
-from experiments.run.rendering import DASH
+from experiments.run.rendering import DASH, display
 from experiments.run.results import RECORDS, read_json, read_lines
 from experiments.tables.exhibit import EDIT, ListedRun
 from experiments.tables.figures.drawing import Drawing

@@ -10,8 +10,7 @@ import pandas as pd
 from evaluation.evaluators.base import Metric
 from experiments.run.curves import draw_ratios
 from experiments.run.groups import mean_of_groups
-from experiments.run.names import display
-from experiments.run.rendering import tidy
+from experiments.run.rendering import display, tidy
 from experiments.tables.exhibit import ListedRun
 from experiments.tables.figures.drawing import Drawing
 

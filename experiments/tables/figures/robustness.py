@@ -18,8 +18,7 @@ from matplotlib.figure import Figure as Canvas
 from evaluation.evaluators.base import Interval, Metric
 from experiments.run.curves import new_canvas
 from experiments.run.groups import mean_of_groups
-from experiments.run.names import display
-from experiments.run.rendering import DASH, find_metric
+from experiments.run.rendering import DASH, display, find_metric
 from experiments.run.results import read_json
 from experiments.tables.exhibit import EDIT, ListedRun
 from experiments.tables.figures.drawing import Drawing

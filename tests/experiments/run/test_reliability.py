@@ -16,9 +16,8 @@ import pytest
 
 from cad.errors import UserError
 from experiments.run.command_line import TERMINATED, exit_status, find_mistake
-from experiments.run.configuration import Compose, check_results, composer
+from experiments.run.configuration import Compose, check_overrides, check_results, composer
 from experiments.run.experiment import prepare
-from experiments.run.overrides import check_overrides
 from experiments.tables.make import make
 
 REFUSED = """
