@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import HfApi
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -99,5 +98,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    with torch.no_grad():
-        sys.exit(main())
+    sys.exit(main())

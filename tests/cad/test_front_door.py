@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ from cad.errors import UserError
 from cad.export import main
 from cad.identity import parameter_digest
 from cad.models.adapters import adapt
+from cad.places import REPOSITORY
 from cad.references import GeneratedImages
 from cad.weight_edit import Replace, WeightEdit, Zero
 
@@ -152,3 +154,14 @@ def test_export_of_the_edit_alone_needs_no_package(pipeline, edit, tmp_path):
     zeros, mean = json.loads(done.stdout)
     assert isinstance(edit.changes[name], Zero)
     assert (zeros, mean) == (edit.changes[name].num_weights, 1.0)
+
+
+def test_the_documented_lines_run_on_the_miniature(tmp_path, monkeypatch):
+    page = (REPOSITORY / "docs" / "python.md").read_text(encoding="utf-8")
+    (lines,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    lines = lines.replace("steps=10, samples=4", "steps=1, samples=1")
+    lines = lines.replace('of a parachute")', 'of a parachute", num_inference_steps=1)')
+    (tmp_path / "experiments").symlink_to(REPOSITORY / "experiments")
+    monkeypatch.chdir(tmp_path)
+    exec(lines)
+    assert cad.load("parachute.safetensors").num_weights > 0
