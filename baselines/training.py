@@ -88,7 +88,7 @@ class Trained(Edit):
     checkpoints: str | None = immaterial(None)  # folder of their folders; None: there are none
 
     def __post_init__(self) -> None:
-        counts = ("iterations", "steps", "batch_size", "accumulation", "checkpoint_every")
+        counts = ("iterations", "batch_size", "accumulation", "checkpoint_every")
         check(self, "edit", **dict.fromkeys(counts, whole(1)))
         check(self, "edit", parameters=one_of(PARAMETERS), gradient_checkpointing=flag)
         check(self, "edit", seed=whole(0), lr=positive, steps=steps)

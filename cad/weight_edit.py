@@ -187,9 +187,9 @@ class WeightEdit:
                 for name, original in saved.items():
                     weights[name][self.changes[name].where(weights[name])] = original
 
-    def apply_for_good(self, model: Any) -> None:
-        """Edits the model's weights without a way back. Raises what `applied` raises."""
-        self._change(self._checked_weights(adapt(model)), {})
+    def apply_for_good(self, pipeline: Any) -> None:
+        """Edits a diffusers pipeline without a way back. Raises what `applied` raises."""
+        self._change(self._checked_weights(adapt(pipeline)), {})
 
     @torch.no_grad()
     def _change(self, weights: Mapping[str, nn.Parameter], saved: dict[str, Tensor]) -> None:

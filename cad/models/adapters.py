@@ -22,11 +22,8 @@ def adapt(pipeline: Any) -> DiffusionModel:
 
     Inside `WeightEdit.applied` it is the one that the edit was applied to; elsewhere a new one,
     which hashes the weights as they are then. Puts the modules into eval mode and switches their
-    gradients off. A `DiffusionModel` is returned as it is. Raises UserError for a pipeline of
-    another class, and what the family raises.
+    gradients off. Raises UserError for a pipeline of another class, and what the family raises.
     """
-    if isinstance(pipeline, DiffusionModel):
-        return pipeline
     name = next((each.__name__ for each in type(pipeline).mro() if each.__name__ in FAMILIES), "")
     if not name:
         raise UserError(
