@@ -28,7 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cad.errors import UserError
 from cad.files import write_atomically
-from experiments.run.configuration import CONF, check_results, register_resolvers
+from experiments.run.configuration import CONF, check_results, choices, register_resolvers
 
 USAGE_ERROR = 2  # exit status
 INTERRUPTED = 130  # exit status, as shells have it
@@ -97,8 +97,7 @@ def find_mistake(error: BaseException) -> str | None:
         return None
     listed = NO_OPTION.match(str(error))  # of several, Hydra names no choices
     if listed and (CONF / listed[1]).is_dir():
-        choices = ", ".join(sorted(path.stem for path in (CONF / listed[1]).glob("*.yaml")))
-        return f"{listed[1]}={listed[2]} is unknown; choose from {choices}"
+        return f"{listed[1]}={listed[2]} is unknown; choose from {choices(listed[1])}"
     return str(error) + (NO_PLUGIN if "'hydra/launcher/" in str(error) else "")
 
 

@@ -230,6 +230,11 @@ def check_overrides(cfg: DictConfig, overrides: Sequence[str]) -> None:
             )
 
 
+def choices(group: str) -> str:
+    """What there is in a group of conf/, for messages."""
+    return ", ".join(sorted(path.stem for path in (CONF / group).glob("*.yaml")))
+
+
 def adding(concept: DictConfig) -> str:
     """The overrides that add a concept to prompts: a set by its name, and the entry."""
     name, key = ("styles", "styles") if concept.kind == "style" else ("objects", "subjects")
@@ -240,8 +245,8 @@ def _check_chosen(cfg: DictConfig) -> None:
     for group in CHOSEN:
         if not isinstance(OmegaConf.select(cfg, group), DictConfig) or not cfg[group]:
             name = group.removesuffix("s") if group == "concepts" else group
-            known = ", ".join(sorted(path.stem for path in (CONF / name).glob("*.yaml")))
-            raise UserError(f"{name}={cfg.get(group)} is not allowed; choose one of {known}")
+            given = cfg.get(group)
+            raise UserError(f"{name}={given} is not allowed; choose one of {choices(name)}")
 
 
 def _check_values(value: Any, key: str = "") -> None:
