@@ -29,7 +29,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from baselines.prompt_pairs import PromptPairs
 from cad.attribution import overflow
-from cad.checks import check, finite, number, one_of, ratio, steps, whole
+from cad.checks import check, finite, number, one_of, ratio, seed, steps, whole
 from cad.components import component_weights
 from cad.concepts import Concept
 from cad.errors import UserError
@@ -71,7 +71,7 @@ class ConceptPrune(PromptPairs):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self, "edit", first_steps=whole(1), steps=steps, batch_size=whole(1))
-        check(self, "edit", ratio=ratio, majority=_majority, guidance=finite, seed=whole(0))
+        check(self, "edit", ratio=ratio, majority=_majority, guidance=finite, seed=seed)
         check(self, "edit", record=one_of(RECORDED), noise=one_of(NOISES), kind=one_of(SAMPLERS))
         if self.first_steps > self.steps:
             raise UserError(

@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 
 from baselines.afterwards import Afterwards
 from baselines.lessons import Pictures
-from baselines.training import PARAMETERS, Course, Lesson, Trained, Weights
-from cad.checks import check, one_of, optional, positive, text, whole
+from baselines.training import PARAMETERS, Course, Lesson, Trained, Weights, trained_weights
+from cad.checks import check, one_of, optional, positive, seed, text, whole
 from cad.concepts import Concept, of_prompt
 from cad.models.base import DiffusionModel
 from cad.references import GeneratedImages
@@ -65,7 +65,7 @@ class Relearned(Afterwards):
     def __post_init__(self) -> None:
         super().__post_init__()
         place, counts = "after.relearned", ("iterations", "steps", "batch_size")
-        check(self, place, **dict.fromkeys(counts, whole(1)), lr=positive, seed=whole(0))
+        check(self, place, **dict.fromkeys(counts, whole(1)), lr=positive, seed=seed)
         check(self, place, prompt=optional(text), parameters=one_of(PARAMETERS))
 
     def settings(self, concepts: Sequence[Concept]) -> Mapping[str, Any]:
@@ -75,6 +75,11 @@ class Relearned(Afterwards):
     def prompts(self, concepts: Sequence[Concept]) -> list[str]:
         """Those that the pictures are of."""
         return [each.prompt for each in concepts] if self.prompt is None else [self.prompt]
+
+    def make(self, model: DiffusionModel, concepts: Sequence[Concept]) -> WeightEdit:
+        model.check_prompts(self.prompts(concepts))  # before the inner edit is made
+        trained_weights(model, self.parameters)
+        return super().make(model, concepts)
 
     def alter(
         self, model: DiffusionModel, concepts: Sequence[Concept], edit: WeightEdit

@@ -28,7 +28,7 @@ import torch
 from torch import Generator, Tensor
 
 from baselines.afterwards import Afterwards, edited_weights
-from cad.checks import check, not_negative, one_of, positive, ratio, share, whole
+from cad.checks import check, not_negative, one_of, positive, ratio, seed, share, whole
 from cad.concepts import Concept
 from cad.models.base import DiffusionModel
 from cad.sampling import make_generators
@@ -83,7 +83,7 @@ class Revived(_AtZeros):
     def __post_init__(self) -> None:
         super().__post_init__()
         place = "after.revived"
-        check(self, place, iterations=whole(1), tolerance=not_negative, keep=ratio, seed=whole(0))
+        check(self, place, iterations=whole(1), tolerance=not_negative, keep=ratio, seed=seed)
         check(self, place, shrinkage=share, magnitude=one_of(MAGNITUDES), signs=one_of(SIGNS))
 
     def filled(self, matrix: Tensor, zeros: Tensor, generator: Generator) -> Tensor:
@@ -112,7 +112,7 @@ class Refilled(_AtZeros):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self, "after.refilled", scale=positive, seed=whole(0))
+        check(self, "after.refilled", scale=positive, seed=seed)
 
     def filled(self, matrix: Tensor, zeros: Tensor, generator: Generator) -> Tensor:
         count = (~zeros).sum(dim=1, keepdim=True).clamp(min=1)  # (out, 1)

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from baselines.closed_form import POSITIONS, aligned, edited_projections, encode, to_keep, updated
 from baselines.uce import check_guide, to_preserve
-from cad.checks import check, flag, one_of, positive, text, texts, whole
+from cad.checks import check, flag, one_of, positive, seed, text, texts, whole
 from cad.concepts import Concept
 from cad.edits import Edit
 from cad.errors import UserError
@@ -64,7 +64,7 @@ class SPEED(Edit):
     def __post_init__(self) -> None:
         check(self, "edit", guide=text, preserve=texts, weights=one_of(WEIGHTS))
         check(self, "edit", threshold=positive, regularisation=positive, filtered=flag)
-        check(self, "edit", augmentations=whole(0), positions=one_of(POSITIONS), seed=whole(0))
+        check(self, "edit", augmentations=whole(0), positions=one_of(POSITIONS), seed=seed)
 
     def settings(self, concepts: Sequence[Concept]) -> Mapping[str, Any]:
         check_guide("edit", self.guide, concepts)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from baselines.checkpoint import Checkpoint, Progress
-from cad.checks import check, flag, one_of, positive, steps, whole
+from cad.checks import check, flag, one_of, positive, seed, steps, whole
 from cad.components import matching_weights, text_projections
 from cad.concepts import Concept
 from cad.edits import Edit
@@ -91,7 +91,7 @@ class Trained(Edit):
         counts = ("iterations", "batch_size", "accumulation", "checkpoint_every")
         check(self, "edit", **dict.fromkeys(counts, whole(1)))
         check(self, "edit", parameters=one_of(PARAMETERS), gradient_checkpointing=flag)
-        check(self, "edit", seed=whole(0), lr=positive, steps=steps)
+        check(self, "edit", seed=seed, lr=positive, steps=steps)
 
     @property
     def states(self) -> int:

@@ -32,10 +32,10 @@ def only(allowed: Callable[[Any], Any], description: str) -> Rule:
     return rule
 
 
-def whole(least: int, most: int | None = None) -> Rule:
-    """Whole numbers of at least `least`, and at most `most`."""
-    words = f"a whole number, at least {least}" + ("" if most is None else f", at most {most}")
-    return only(lambda x: type(x) is int and least <= x and (most is None or x <= most), words)
+def whole(least: int, most: int = 10**6) -> Rule:
+    """Whole numbers of at least `least`, and at most `most`: nobody waits for a million of it."""
+    words = f"a whole number, at least {least}, at most {most}"
+    return only(lambda x: type(x) is int and least <= x <= most, words)
 
 
 def number(allowed: Callable[[float], bool], description: str) -> Rule:
@@ -45,6 +45,7 @@ def number(allowed: Callable[[float], bool], description: str) -> Rule:
 
 
 steps = whole(1, 1000)  # denoising steps: the models were trained on so many
+seed = whole(0, 2**63 - 1)  # of random generators
 flag = only(lambda x: isinstance(x, bool), "true or false")
 text = only(lambda x: isinstance(x, str), "a text, such as ' '")
 

@@ -55,8 +55,9 @@ class Compensation(Identified):
         other = [name for name, weight in weights.items() if weight.dim() != 2]
         if other:
             raise UserError(
-                f"edit.compensation is of linear layers alone, and {other[0]} is a convolution: "
-                "use another component, or edit.compensation.samples=0."
+                f"edit.compensation.samples={self.samples} is for linear layers alone, and the "
+                f"chosen component has {other[0]}, a convolution: use component=ff, or "
+                "edit.compensation.samples=0."
             )
 
     @torch.no_grad()

@@ -15,7 +15,9 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 from huggingface_hub import HfApi
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from huggingface_hub.errors import HFValidationError
+from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
+from safetensors import SafetensorError
 
 from cad.errors import UserError
 from cad.files import file_digest
@@ -36,19 +38,18 @@ def export(
     read, a model that does not load or has other weights, and a folder with files in it.
     """
     edit = WeightEdit.load(path)
+    source = model or str(edit.provenance.get("model", {}).get("id", ""))
+    card = _card(edit, source, whole, path)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} is there already: name a new folder.")
-    made_for = edit.provenance.get("model", {})
-    source = model or str(made_for.get("id", ""))
     if whole:
-        pipeline = _pipeline(source, model, made_for, dtype)
+        pipeline = _pipeline(source, model, edit.provenance["model"], dtype)
         edit.apply_for_good(pipeline)
         pipeline.save_pretrained(out)
     out.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(path, out / EDIT)
     if not whole:
         shutil.copyfile(LOADER, out / LOADER.name)
-    card = _card(edit, source, whole, file_digest(path))
     (out / "README.md").write_text(card, encoding="utf-8")
     return out
 
@@ -59,21 +60,28 @@ def _pipeline(source: str, model: str | None, made_for: Any, dtype: str | None) 
     options: dict[str, Any] = {} if model else {"revision": made_for.get("revision")}
     try:
         return DiffusionPipeline.from_pretrained(source, dtype=wanted, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, LookupError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"the model {source!r} that the edit was made for does not load ({error}). Name a hub "
             "id or a folder in diffusers' layout: --model experiments/miniature/weights/pipeline."
         ) from error
 
 
-def _card(edit: WeightEdit, source: str, whole: bool, sha256: str) -> str:
+def _card(edit: WeightEdit, source: str, whole: bool, path: Path) -> str:
+    """The model card. UserError for an edit that does not say how it was made."""
     templates = Environment(
         loader=PackageLoader("cad", "."), undefined=StrictUndefined, trim_blocks=True
     )
     changed = [(name, change.kind, change.num_weights) for name, change in edit.changes.items()]
-    return templates.get_template("model_card.md.j2").render(
-        edit=edit, made=edit.provenance, source=source, whole=whole, sha256=sha256, changed=changed
-    )
+    told = {"source": source, "whole": whole, "sha256": file_digest(path), "changed": changed}
+    try:
+        template = templates.get_template("model_card.md.j2")
+        return template.render(edit=edit, made=edit.provenance, **told)
+    except (UndefinedError, TypeError) as error:
+        raise UserError(
+            f"the edit at {path} does not say how it was made ({error}): give one of a run, "
+            "edit.safetensors of a result folder."
+        ) from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -90,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.push:
             HfApi().create_repo(given.push, exist_ok=True)
             HfApi().upload_folder(repo_id=given.push, folder_path=out)
-    except (UserError, OSError) as error:
+    except (UserError, OSError, HFValidationError) as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 2
     print(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))}")  # noqa: T201

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cad.checks import check, finite, flag, one_of, optional, steps, whole
+from cad.checks import check, finite, flag, one_of, optional, seed, steps, whole
 from cad.concepts import Concept
 from cad.errors import UserError
 from cad.files import file_digest
@@ -96,7 +96,7 @@ class ImageFolder(References):
 
     def __post_init__(self) -> None:
         check(self, KEYS, count=whole(1), fit=one_of(FITS), encoding=one_of(ENCODINGS))
-        check(self, KEYS, seed=whole(0), verify=flag)
+        check(self, KEYS, seed=seed, verify=flag)
 
     def settings(self, concept: Concept) -> Mapping[str, Any]:
         hashes = [file_digest(path) for path in self._files(concept)]
@@ -140,7 +140,7 @@ class GeneratedImages(References):
     batch_size: int = 5  # images at once; changes nothing but float rounding
 
     def __post_init__(self) -> None:
-        check(self, KEYS, count=whole(1), steps=steps, guidance=finite, seed=whole(0))
+        check(self, KEYS, count=whole(1), steps=steps, guidance=finite, seed=seed)
         check(self, KEYS, encoding=optional(one_of(ENCODINGS)), batch_size=whole(1))
         check(self, KEYS, kind=one_of(SAMPLERS))
 

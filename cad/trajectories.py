@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cad.checks import check, finite, one_of, optional, share, steps, whole
+from cad.checks import check, finite, one_of, optional, seed, share, steps, whole
 from cad.models.base import DiffusionModel
 from cad.models.conditioning import Conditioning
 from cad.sampling import draw_noise, guide, make_generators, walk
@@ -43,7 +43,7 @@ class NoisePlan:
 
     def __post_init__(self) -> None:
         check(self, KEYS, steps=steps, samples=whole(1), batch_size=whole(1), guidance=finite)
-        check(self, KEYS, eta=optional(share), trajectory=one_of(TRAJECTORIES), seed=whole(0))
+        check(self, KEYS, eta=optional(share), trajectory=one_of(TRAJECTORIES), seed=seed)
 
     def batches(self, total: int) -> list[range]:
         """0 .. total - 1 in batches of at most `batch_size`."""

@@ -27,6 +27,7 @@ from cad.store import DamagedFileError, read_tensors, write_tensors
 
 FORMAT = "cad-weight-edit/1"
 NO_EDIT = "none"  # fingerprint of an edit that changes nothing
+ORIGIN = ("model", "rounded")  # of provenance: mappings
 IDENTITY = ("id", "revision", "dtype", "fingerprint")  # of provenance.model: what a misfit names
 
 
@@ -220,6 +221,8 @@ class WeightEdit:
             written, kinds = header["fingerprint"], header["changes"]
             changes = {name: _change(tensor, *kinds[name]) for name, tensor in tensors.items()}
             edit = cls(changes, dict(header["provenance"]))
+            if not all(isinstance(edit.provenance.get(key, {}), dict) for key in ORIGIN):
+                raise TypeError(f"its provenance has no keys in {' or '.join(ORIGIN)}")
             if edit.fingerprint != written:
                 raise ValueError(f"its content hashes to {edit.fingerprint}, not to {written}")
         except (LookupError, TypeError, ValueError) as error:

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from cad.checks import Rule, check, finite, one_of, optional, whole
+from cad.checks import Rule, check, finite, one_of, optional, seed
 from cad.errors import UserError
 from cad.identity import Identified, answer
 from evaluation.prompt_sources import LOCAL_COPY, PromptSource, digest, read_file
@@ -96,7 +96,7 @@ class Rules(Identified):
     truncate: bool  # cut prompts that are longer than the text encoder takes; else refuse them
 
     def __post_init__(self) -> None:
-        rules: dict[str, Rule] = {"seed": whole(0), "guidance": optional(finite)}
+        rules: dict[str, Rule] = {"seed": seed, "guidance": optional(finite)}
         own = {name: rule for name, rule in rules.items() if getattr(self, name) != FILE}
         check(self, "prompts.rules", size=optional(one_of((FILE,))), **own)
 

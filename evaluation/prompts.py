@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from string import Formatter
 from typing import Any
 
-from cad.checks import whole
+from cad.checks import seed, whole
 from cad.concepts import with_article
 from cad.errors import UserError
 from cad.identity import Identified
@@ -73,7 +73,7 @@ class ObjectPrompts(PromptSet):
     def __post_init__(self) -> None:
         _check_names(self.subjects, "prompts.subjects")
         _check_count("images_per_class", self.images_per_class, len(self.subjects))
-        whole(0)("prompts.seed", self.seed)
+        seed("prompts.seed", self.seed)
         _check_template(self.template, {"subject"})
 
     def build(self) -> list[Prompt]:
@@ -108,7 +108,7 @@ class StylePrompts(PromptSet):
         _check_names(self.styles, "prompts.styles")
         _check_names(self.subjects, "prompts.subjects")
         _check_count("images_per_class", self.images_per_class, len(self.styles))
-        whole(0)("prompts.seed", self.seed)
+        seed("prompts.seed", self.seed)
         _check_template(self.template, {"subject", "style"})
 
     def build(self) -> list[Prompt]:
@@ -148,7 +148,7 @@ class CaptionPrompts(PromptSet):
             _check_template(template, {"subject"}, "prompts.templates")
         _check_template(self.style_suffix, {"style"}, "prompts.style_suffix")
         _check_count("prompts.count", self.count)
-        whole(0)("prompts.seed", self.seed)
+        seed("prompts.seed", self.seed)
 
     def build(self) -> list[Prompt]:
         return [

@@ -37,8 +37,9 @@ from evaluation.attacks.prompt_search import (
 from evaluation.attacks.ring_a_bell import Genetics
 from evaluation.generation import check_prompts
 from evaluation.prompts import Prompt, build_prompts, derive_seed
+from experiments.run.arguments import build
 from experiments.run.command_line import exit_status
-from experiments.run.configuration import build, check_concept, settle
+from experiments.run.configuration import check_concept, settle
 from experiments.run.rendering import show_table
 
 PROMPT_SET = "ring_a_bell_mini"  # of conf/prompts; it reads whatever file is written here

@@ -246,20 +246,20 @@ def checkpointed_gradients(denoiser: Any, wanted: bool) -> Iterator[None]:
         denoiser.disable_gradient_checkpointing()
 
 
-def resolve_device(device: str | torch.device) -> torch.device:
+def resolve_device(device: str | torch.device, key: str = "device") -> torch.device:
     """The device to work on; "auto" is the GPU if there is one, the CPU otherwise.
 
-    Raises UserError for a device that is unknown or not there.
+    Raises UserError, which names the key, for a device that is unknown or not there.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", str(device)):
-        raise UserError(f"device={str(device)!r} is unknown; allowed: auto, cpu, cuda, cuda:0, ...")
+        raise UserError(f"{key}={str(device)!r} is unknown; allowed: auto, cpu, cuda, cuda:0, ...")
     resolved = torch.device(device)
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         raise UserError(
-            f"device={device!r} is not there: PyTorch sees {torch.cuda.device_count()} CUDA "
-            "devices. Use device=cpu or device=auto."
+            f"{key}={device!r} is not there: PyTorch sees {torch.cuda.device_count()} CUDA "
+            f"devices. Use {key}=cpu or {key}=auto."
         )
     return resolved
 

@@ -33,7 +33,10 @@ from cad.models.hub import UNUSED, Located, Source
 from cad.models.pipeline import PipelineModel
 from cad.models.random_weights import random_pipeline
 
-_pixels = only(lambda x: type(x) is int and x > 0 and x % 8 == 0, "pixels, a multiple of 8")
+_pixels = only(
+    lambda x: type(x) is int and 0 < x <= 8192 and x % 8 == 0,
+    "pixels, a multiple of 8, at most 8192",
+)
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Generator, Tensor
 
-from cad.checks import check, flag, not_negative, one_of, positive, whole
+from cad.checks import check, flag, not_negative, one_of, positive, steps, whole
 from cad.errors import UserError
 from cad.identity import Identified, immaterial, material
 from cad.models.base import DiffusionModel
@@ -25,6 +25,7 @@ from evaluation.pixels import Pixels
 from evaluation.prompts import Prompt
 from evaluation.sampler import SamplerSettings
 
+MOST_TOKENS = 75  # CLIP's text encoders take 77, with start and end
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 Aim = Callable[[int, Sequence[int]], Sequence[tuple[Tensor, Tensor]]]
@@ -123,7 +124,7 @@ class Attack(Identified, ABC):
 
     def __post_init__(self) -> None:
         place, iterations = f"attacks.{self.name}", whole(1 if self.optimises else 0)
-        check(self, place, tokens=whole(1), timesteps=whole(1), iterations=iterations)
+        check(self, place, tokens=whole(1, MOST_TOKENS), timesteps=steps, iterations=iterations)
         check(self, place, optimizer=one_of(OPTIMIZERS), lr=positive, weight_decay=not_negative)
         check(self, place, retokenize=flag, batch_size=whole(1), gradient_checkpointing=flag)
 

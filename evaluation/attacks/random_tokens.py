@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
-from cad.checks import whole
+from cad.checks import steps
 from cad.models.base import DiffusionModel
 from cad.models.conditioning import TokenSpace
 from evaluation.attacks.base import Aim, Attack, Victims
@@ -28,7 +28,7 @@ class RandomTokens(Attack):
         """UserError for values below 1."""
         super().__init__(
             tokens=tokens,
-            timesteps=whole(1)("attacks.random_tokens.tries", tries),
+            timesteps=steps("attacks.random_tokens.tries", tries),
             iterations=0,
             optimizer="adam",
             lr=1.0,

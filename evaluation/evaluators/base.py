@@ -289,7 +289,10 @@ def label_of(name: str, *files: Path) -> str:
     try:
         content = b"".join(file.read_bytes() for file in files)
     except OSError as error:
-        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
+        raise UserError(
+            f"{error.filename} cannot be read ({error.strerror}): name the folder or file that has "
+            "it, by model.classifier.folder, model.clip.folder or model.real_images.path"
+        ) from error
     return f"{name}-{hashlib.sha256(content).hexdigest()[:SHORT]}"
 
 

@@ -19,7 +19,6 @@ from typing import Any, ClassVar
 import open_clip
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTokenizer
@@ -213,11 +212,12 @@ class ClipFolder(Embedder):
             images = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
             if len(tokenizer) < model.config.text_config.vocab_size:
                 raise ValueError("its tokenizer does not fit its text encoder")
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"the CLIP folder {folder} does not load: {error}") from error
-        channels = torch.tensor([images["image_mean"], images["image_std"]], device=device)
-        model = model.eval().requires_grad_(False).to(device)
-        return model, tokenizer, channels.view(2, 3, 1, 1)
+            scale = torch.tensor([images["image_mean"], images["image_std"]]).view(2, 3, 1, 1)
+        except Exception as error:  # tokenizers raises Exception itself
+            raise UserError(
+                f"the CLIP folder {folder} does not load: {error!r}; model.clip.folder names it"
+            ) from error
+        return model.eval().requires_grad_(False).to(device), tokenizer, scale.to(device)
 
     @property
     def logit_scale(self) -> float:

@@ -29,8 +29,9 @@ from evaluation.image_sets import ImageSet
 from evaluation.prompts import Prompt, build_prompts
 from evaluation.sampler import SamplerSettings
 from experiments.benchmarks.measuring import take_turns, write_benchmark
+from experiments.run.arguments import build
 from experiments.run.command_line import exit_status
-from experiments.run.configuration import build, register_resolvers
+from experiments.run.configuration import register_resolvers
 from experiments.run.rendering import show_table
 
 register_resolvers()

@@ -1,12 +1,13 @@
-"""Do a configuration's values fit the part that is built of them? Its annotations say so.
+"""Parts built of a configuration's values, if these fit: a part's annotations say so.
 
-Checked before the part is made, so that a misfit is told by its key, and nothing of another type
-comes to code that trusts its annotations.
+They are checked before the part is made, so that a misfit is told by its key, and nothing of
+another type comes to code that trusts its annotations.
 """
 
 from __future__ import annotations
 
 import inspect
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from omegaconf import DictConfig
+from hydra.errors import InstantiationException
+from omegaconf import DictConfig, OmegaConf
 
 from cad.errors import UserError
 
@@ -27,6 +29,48 @@ WORDS: dict[Any, str] = {
     type(None): "null",
     Path: "a path",
 }
+
+
+def build(
+    node: DictConfig, target: Callable[..., Any] | None = None, place: str | None = None
+) -> Any:
+    """The object that a node describes: `target`, or its `_target_`, called with its other values.
+
+    Raises UserError, naming the key, for a node that is no part, for a value of another type than
+    the target asks for, and for a key that it does not have; and what the target raises. `place` is
+    the node's key, where it may be none.
+    """
+    place = place or (node._get_full_key(None) if OmegaConf.is_config(node) else "it")
+    check_arguments(node, target or target_of(node, place), place)
+    try:
+        return (
+            target(**OmegaConf.to_container(node, resolve=True))
+            if target
+            else hydra.utils.instantiate(node, _convert_="all")
+        )
+    except InstantiationException as error:
+        if not isinstance(error.__cause__, UserError):
+            raise
+        part = str(error).rpartition("full_key: ")[2]
+        raise UserError(_by_given_key(node, part, str(error.__cause__))) from error
+
+
+def build_each(cfg: DictConfig, group: str) -> tuple[Any, ...]:
+    """The objects of a group of which several may be chosen, or none."""
+    nodes = (cfg[group] or {}).items()
+    return tuple(build(node, place=f"{group}.{name}") for name, node in nodes)
+
+
+def _by_given_key(node: DictConfig, part: str, message: str) -> str:
+    """A part's message that begins with a key of its own: the key of the value that it was given.
+
+    The part at edit.pictures says "edit.references.steps=0 ..."; it is model.sampler.steps.
+    """
+    key = re.match(r"[\w.]*", message)[0]  # type: ignore[index]  # matches everything
+    section, name = OmegaConf.select(node._get_root(), part), key.rpartition(".")[2]
+    if not isinstance(section, DictConfig) or name not in section:
+        return message
+    return origin(section, name) + message.removeprefix(key)
 
 
 def target_of(node: Any, key: str) -> Callable[..., Any]:
@@ -54,7 +98,7 @@ def check_arguments(node: DictConfig, target: Callable[..., Any], place: str) ->
     except NameError:  # of a type that is imported for type checkers alone
         hints = {}
     for name, value in node.items():
-        key, hint = f"{place}.{name!s}", hints.get(str(name), Any)
+        key, hint = origin(node, str(name)), hints.get(str(name), Any)
         if isinstance(value, DictConfig) and "_target_" in value:
             check_arguments(value, target_of(value, key), key)
         if str(name).startswith("_"):
@@ -64,6 +108,22 @@ def check_arguments(node: DictConfig, target: Callable[..., Any], place: str) ->
             raise UserError(f"{key} is unknown; {called} takes: {', '.join(parameters)}")
         if not _fits(value, hint):
             raise UserError(f"{key}={value} is not allowed; it is {_words(hint)}")
+        if name == "device":
+            from cad.models.base import resolve_device  # PyTorch, which --help need not import
+
+            resolve_device(value, key)
+    for name, each in parameters.items():
+        needed = each.default is each.empty and each.kind not in (
+            each.VAR_KEYWORD,
+            each.VAR_POSITIONAL,
+        )
+        if needed and name not in node and not node.get("_partial_"):
+            raise UserError(f"{place}.{name} is missing: give it a value, {place}.{name}=VALUE")
+
+
+def origin(node: DictConfig, name: str) -> str:
+    """The key that a value of the node is taken from: its own, or the one that it interpolates."""
+    return str(node._get_node(name)._dereference_node()._get_full_key(None))  # type: ignore[union-attr]
 
 
 def _fits(value: Any, hint: Any) -> bool:

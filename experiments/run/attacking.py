@@ -29,7 +29,7 @@ from evaluation.evaluators.base import BATCH_SIZE, Evaluator, Metric, wilson
 from evaluation.generation import generate
 from evaluation.prompts import Prompt
 from evaluation.sampler import SamplerSettings
-from experiments.run.configuration import build
+from experiments.run.arguments import build, build_each
 from experiments.run.groups import rows_by_group
 from experiments.run.pictures import Mask, Pixels, attack_picture
 from experiments.run.results import write_lines
@@ -65,7 +65,10 @@ class AttackPlan:
     def check(self, model: DiffusionModel, prompts: Sequence[Prompt]) -> None:
         """Raise UserError for a model, prompts or a judge that the attacks cannot work with."""
         for attack in self.attacks:
-            search.places(model.token_space(), prompts, attack.tokens)
+            try:
+                search.places(model.token_space(), prompts, attack.tokens)
+            except UserError as error:
+                raise UserError(f"attack.tokens={attack.tokens}: {error}") from error
             attack.visited(model)
             key = f"attacks.{attack.name}.gradient_checkpointing"
             check_gradient_checkpointing(model, attack.gradient_checkpointing, key)
@@ -130,7 +133,7 @@ def plan_attacks(cfg: DictConfig) -> AttackPlan:
     Raises UserError for a setting's mistake, or an evaluator that cannot judge.
     """
     return AttackPlan(
-        attacks=tuple(build(node) for node in cfg.attacks.values()),
+        attacks=build_each(cfg, "attacks"),
         limit=cfg.attack.limit,
         judge=build(judge_node(cfg)),
         images=Path(cfg.paths.images),

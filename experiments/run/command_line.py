@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import signal
+import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -24,11 +25,22 @@ from hydra.errors import HydraException, InstantiationException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    InterpolationKeyError,
+    OmegaConfBaseException,
+)
 
 from cad.errors import UserError
 from cad.files import write_atomically
-from experiments.run.configuration import CONF, check_results, choices, register_resolvers
+from experiments.run.configuration import (
+    CONF,
+    check_once,
+    check_results,
+    choices,
+    register_resolvers,
+)
 
 USAGE_ERROR = 2  # exit status
 INTERRUPTED = 130  # exit status, as shells have it
@@ -38,6 +50,8 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 NO_ACCESS = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 CONFIGURING = ("hydra", "omegaconf", "antlr4", "submitit", "hydra_plugins")
 NO_OPTION = re.compile(r"In '.+': Could not load '(\w+)/(.+)'")
+RESOLVING = "UserError raised while resolving interpolation: "
+NO_CHOICE = "Config group override must be"
 NO_PLUGIN = "\nLaunchers are plug-ins: pip install -e '.[slurm]' or '.[ray]'"
 
 log = logging.getLogger(__name__)
@@ -91,13 +105,22 @@ def find_mistake(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno in NO_ACCESS:
         return f"{error.filename or 'a file'} cannot be read or written ({error.strerror})"
     if isinstance(error, OmegaConfBaseException):
-        return f"{error.full_key or 'the configuration'}: {str(error).splitlines()[0]}"
+        told = str(error).splitlines()[0]
+        if isinstance(error, InterpolationKeyError | ConfigKeyError | ConfigAttributeError):
+            told += "; python run.py --cfg job shows the keys that there are"
+        return told.partition(RESOLVING)[2] or f"{error.full_key or 'the configuration'}: {told}"
     known = isinstance(error, HydraException) or _origin(error) in CONFIGURING
     if isinstance(error, InstantiationException) or not known:
         return None
     listed = NO_OPTION.match(str(error))  # of several, Hydra names no choices
     if listed and (CONF / listed[1]).is_dir():
         return f"{listed[1]}={listed[2]} is unknown; choose from {choices(listed[1])}"
+    if str(error).startswith(NO_CHOICE):  # Hydra does not say of which group
+        given = {each.partition("=")[0].lstrip("+"): each for each in sys.argv[1:]}
+        told = [
+            f"{each}: choose from {choices(key)}" for key, each in given.items() if choices(key)
+        ]
+        return "; ".join([str(error), *told])
     return str(error) + (NO_PLUGIN if "'hydra/launcher/" in str(error) else "")
 
 
@@ -114,7 +137,7 @@ def _origin(error: BaseException) -> str:
 
 
 class JobEnds(Callback):
-    """Hydra's callback of `run.py`: an unusable paths.results, failed jobs, a multirun's summary.
+    """Hydra's callback of `run.py`: unusable folders, failed jobs, a multirun's summary.
 
     A failed job does not stop the others of a multirun; the process then ends with USAGE_ERROR. It
     ends by SystemExit: Hydra turns any other exception of a callback into a warning, and adds words
@@ -122,10 +145,10 @@ class JobEnds(Callback):
     """
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        _end_unless_writable(config)  # before Hydra makes its folder there
+        _end_unless_usable(config)  # before Hydra makes its folder there
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        _end_unless_writable(config)
+        _end_unless_usable(config)
         for link in Path(config.hydra.sweep.dir).glob(f"*/{LINK}"):
             link.unlink()  # of an earlier run of the same command
         self._count, self._began = _count_jobs(config), time.monotonic()
@@ -182,8 +205,10 @@ def _clock(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
 
 
-def _end_unless_writable(config: DictConfig) -> None:
+def _end_unless_usable(config: DictConfig) -> None:
+    given = config.hydra.overrides
     try:
+        check_once([*given.task, *given.hydra])
         check_results(config)
     except UserError as error:
         log.error("%s", error)

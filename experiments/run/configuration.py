@@ -10,6 +10,7 @@ import math
 import os
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,10 +21,10 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, Node, OmegaConf
 
-from cad.checks import flag, number, optional, texts, whole
+from cad.checks import flag, number, optional, seed, texts, whole
 from cad.errors import UserError
 from cad.places import IS_CHECKOUT, REPOSITORY
-from experiments.run.arguments import check_arguments, target_of
+from experiments.run.arguments import build_each
 
 CONF = REPOSITORY / "conf"
 GROUPS = {  # the key of a prompt set's configuration that names the groups of its images
@@ -31,10 +32,18 @@ GROUPS = {  # the key of a prompt set's configuration that names the groups of i
     "evaluation.prompts.StylePrompts": "styles",
 }
 CHOSEN = ("model", "concepts", "edit", "engine", "logger", "paths")  # no run without one of each
+SECTIONS = (  # keys with keys of their own, of every run
+    *(f"model.{name}" for name in ("source", "adapter", "sampler", "attribution", "prompts")),
+    *("model.evaluators", "ratio", "after", "attack", "effect", "safety", "coco", "making"),
+    *("values", "quick"),
+)
+OPTIONAL = ("prompts", "evaluator", "attacks")  # sections, or nothing
 FOLDERS = (  # that are written to, where they are chosen
     *(f"paths.{name}" for name in ("results", "runs", "images", "scores", "edits", "statistics")),
-    *("attack.store", "edit.store.root", "edit.checkpoints"),
+    *("attack.store", "edit.store.root", "edit.checkpoints", "logger.folder"),
+    *("hydra.run.dir", "hydra.sweep.dir"),
 )
+FILE = "logger.path"  # that is written to; a file, not a folder
 LARGEST = 2**63  # of the numbers that libraries take
 
 PROBE = "?"  # a value that no key has
@@ -121,8 +130,17 @@ def setting(place: str, *, _root_: DictConfig, _node_: Node) -> Any:
 
 
 def default_evaluators(model: DictConfig, concept: DictConfig) -> DictConfig | None:
-    """Those that the model names for the concept's kind; none for weights that mean nothing."""
-    return model.evaluators[concept.kind] if model.weights == "published" else None
+    """Those that the model names for the concept's kind; none for weights that mean nothing.
+
+    Raises UserError where it draws the kind and names none.
+    """
+    found = model.evaluators[concept.kind] if model.weights == "published" else None
+    if not found and model.weights == "published" and model.prompts[concept.kind] is not None:
+        raise UserError(
+            f"model.evaluators.{concept.kind}={found} measures nothing: name what is measured, "
+            "evaluator=NAME, or several, evaluator=[a,b]"
+        )
+    return found
 
 
 def short_hash(value: Any) -> str:
@@ -135,17 +153,6 @@ def short_hash(value: Any) -> str:
 def plain(node: Any) -> Any:
     """A configuration node as plain resolved dictionaries and lists; other values as they are."""
     return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
-
-
-def build(node: DictConfig, target: Callable[..., Any] | None = None) -> Any:
-    """The object that a node describes: `target`, or its `_target_`, called with its other values.
-
-    Raises UserError, naming the key, for a node that is no part, for a value of another type than
-    the target asks for, and for a key that it does not have; and what the target raises.
-    """
-    place = node._get_full_key(None) if OmegaConf.is_config(node) else "it"
-    check_arguments(node, target or target_of(node, place), place)
-    return target(**plain(node)) if target else hydra.utils.instantiate(node, _convert_="all")
 
 
 def settle(cfg: DictConfig) -> DictConfig:
@@ -168,13 +175,13 @@ def check(cfg: DictConfig) -> None:
     What a part checks when it is made (`build`) is left to it.
     """
     _check_chosen(cfg)
-    _check_values(plain(cfg))
     _check_named(cfg)
+    _check_values(plain(cfg))
     _check_concepts(cfg)
     _check_weights(cfg)
     _check_prompts(cfg)
     flag("safety.mask", cfg.safety.mask)
-    whole(0)("seed", cfg.seed)
+    seed("seed", cfg.seed)
     whole(1)("images_per_class", cfg.images_per_class)
     optional(whole(1))("limit", cfg.limit)
     optional(whole(1))("attack.limit", cfg.attack.limit)
@@ -192,13 +199,16 @@ def check_concept(cfg: DictConfig, concept: DictConfig) -> None:
 
 
 def check_results(cfg: DictConfig) -> None:
-    """Make the folder of all results. UserError for one of FOLDERS that takes no files."""
+    """Make the folder of all results. UserError for one of FOLDERS, or a FILE, that takes none."""
     _check_named(cfg)
-    for key in FOLDERS:
+    for key in (*FOLDERS, FILE):
         given = OmegaConf.select(cfg, key)
-        if given is None:
+        if given is None and (not key.startswith("hydra") or "hydra" not in cfg):
             continue
         place = Path(_check_folder(key, given))
+        if key == FILE and place.is_dir():
+            raise UserError(f"{key}={place} is a folder: name a file, {key}=DIR/metrics.csv")
+        place = place.parent if key == FILE else place
         try:
             if key == "paths.results":
                 place.mkdir(parents=True, exist_ok=True)
@@ -212,6 +222,16 @@ def check_results(cfg: DictConfig) -> None:
             ) from error
 
 
+def check_once(overrides: Sequence[str]) -> None:
+    """Raise UserError where a key is given two values, of which one would be lost."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    given = [(each.key_or_group, each.package) for each in parsed if not each.is_delete()]
+    for (key, _), count in Counter(given).items():
+        if count > 1:
+            told = " ".join(each.input_line for each in parsed if each.key_or_group == key)
+            raise UserError(f"{told}: {key} is given {count} values; give it one")
+
+
 def check_overrides(cfg: DictConfig, overrides: Sequence[str]) -> None:
     """Raise UserError for an override of a run that changes nothing, and for a choice named twice.
 
@@ -223,7 +243,7 @@ def check_overrides(cfg: DictConfig, overrides: Sequence[str]) -> None:
         if (CONF / key).is_dir():
             if isinstance(value, list) and len({*map(str, value)}) < len(value):
                 raise UserError(f"{given.input_line}: one is named twice; name each once")
-        elif not given.is_delete() and _without(cfg, key) == used:
+        elif _without(cfg, key) == used:
             raise UserError(
                 f"{key} has no effect on this run of model={cfg.model.name}, "
                 f"edit={cfg.edit._target_.rpartition('.')[2]}: leave {given.input_line} out"
@@ -247,6 +267,11 @@ def _check_chosen(cfg: DictConfig) -> None:
             name = group.removesuffix("s") if group == "concepts" else group
             given = cfg.get(group)
             raise UserError(f"{name}={given} is not allowed; choose one of {choices(name)}")
+    build_each(cfg, "concepts")  # their names and kinds choose much of the rest
+    for key in (*SECTIONS, *OPTIONAL):
+        given = OmegaConf.select(cfg, key)
+        if not (isinstance(given, DictConfig) or (given is None and key in OPTIONAL)):
+            raise UserError(f"{key}={given} is not allowed: it has keys of its own, {key}.NAME=...")
 
 
 def _check_values(value: Any, key: str = "") -> None:
@@ -278,8 +303,6 @@ def _check_folder(key: str, given: Any) -> str:
 
 
 def _check_concepts(cfg: DictConfig) -> None:
-    for name, concept in cfg.concepts.items():
-        target_of(concept, f"concepts.{name}")
     kinds = {concept.name: concept.kind for concept in cfg.concepts.values()}
     if len(set(kinds.values())) > 1:
         raise UserError(
@@ -300,7 +323,8 @@ def _check_concepts(cfg: DictConfig) -> None:
 def _groups(cfg: DictConfig) -> list[str]:
     """The groups that the chosen prompts announce: their styles or subjects; [] if they do not."""
     key = GROUPS.get(cfg.prompts._target_) if cfg.prompts and "_target_" in cfg.prompts else None
-    return [str(name) for name in cfg.prompts[key] or ()] if key else []
+    names = cfg.prompts[key] if key else None
+    return [str(name) for name in names] if isinstance(names, DictConfig) else []
 
 
 def _check_weights(cfg: DictConfig) -> None:

@@ -33,7 +33,8 @@ from evaluation.evaluators.base import CONCEPT, GENERAL, Evaluator
 from evaluation.generation import check_prompts, generate
 from evaluation.prompts import Prompt, PromptSet
 from evaluation.sampler import Engine, SamplerSettings
-from experiments.run.configuration import build, check, settle
+from experiments.run.arguments import build, build_each
+from experiments.run.configuration import check, settle
 from experiments.run.groups import ATTACKED, Images, Prompts, evaluate, needed_prompts, read_prompts
 from experiments.run.photographs import check_photographs
 from experiments.run.pictures import Mask, before_after, loss_curve
@@ -144,14 +145,14 @@ def prepare(cfg: DictConfig) -> Experiment:
         from experiments.run.attacking import plan_attacks  # with all that attacks need
 
         attacks = plan_attacks(cfg)
-    evaluators = tuple(build(node) for node in (cfg.evaluator or {}).values() if node)
+    evaluators = build_each(cfg, "evaluator")
     method = build(cfg.edit)
-    for node in cfg.after.values():
-        method = build(node)(method)
+    for after in build_each(cfg, "after"):
+        method = after(method)
     experiment = Experiment(
         cfg=cfg,
         model=build(cfg.model.adapter),
-        concepts=tuple(build(node) for node in cfg.concepts.values()),
+        concepts=build_each(cfg, "concepts"),
         method=method,
         prompt_sets=needed_prompts(cfg, evaluators),
         sampler=build(cfg.model.sampler, SamplerSettings),

@@ -19,13 +19,14 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from cad.errors import UserError
 from evaluation.evaluators.base import GENERAL, Evaluator, Metric, Record, score_image_set
 from evaluation.image_sets import ImageSet
 from evaluation.prompts import Prompt, PromptSet, build_prompts
-from experiments.run.configuration import adding, build
+from experiments.run.arguments import build
+from experiments.run.configuration import adding
 
 ATTACKED = "attacked"
 POOLED = "all images"  # the aggregate of all images at once
@@ -58,14 +59,15 @@ def needed_prompts(cfg: DictConfig, evaluators: Sequence[Evaluator]) -> dict[str
         )
     needed = {}
     for use, reason in uses.items():
-        node = cfg.model.prompts.general if use == GENERAL else cfg.prompts
+        place = f"model.prompts.{GENERAL}" if use == GENERAL else "prompts"
+        node = OmegaConf.select(cfg, place)
         if node is None:
             key = GENERAL if use == GENERAL else cfg.concept.kind
             raise UserError(
                 f"{reason} prompts, and model={cfg.model.name} has none for concept="
                 f"{','.join(cfg.concepts)}: choose prompts=NAME, or set model.prompts.{key}"
             )
-        needed[use] = build(node)
+        needed[use] = build(node, place=place)
     return needed
 
 

@@ -40,6 +40,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from cad.checks import folder_name
+from cad.errors import UserError
 from cad.files import file_digest, locked, write_atomically
 from cad.identity import LIBRARIES, library_version, short_digest
 from cad.places import REPOSITORY
@@ -169,8 +170,14 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def read_json(path: Path) -> Any:
-    """The value of a JSON file of a result folder."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """The object of a JSON file of results. UserError for a damaged one."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or not found:
+            raise ValueError("no JSON object with keys")
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): delete it, and make it again") from error
+    return found
 
 
 def describe_environment(device: str) -> dict[str, Any]:
@@ -209,10 +216,8 @@ def git_commit() -> str:
 def _damaged(folder: Path) -> list[str]:
     """Names of the files that are not as the manifest says; the manifest itself if unreadable."""
     try:
-        digests = dict(read_json(folder / MANIFEST))
-    except (OSError, ValueError, TypeError):
-        return [MANIFEST]
-    if not digests:
+        digests = read_json(folder / MANIFEST)
+    except (OSError, UserError):
         return [MANIFEST]
     return [
         name

@@ -97,9 +97,9 @@ class RunNames:
     def _read(self) -> dict[str, str]:
         try:
             written = json.loads(self._path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            return dict(written["names"]) if written["stamp"] == self._stamp else {}
+        except (OSError, ValueError, TypeError, LookupError):  # missing, or damaged
             return {}
-        return dict(written["names"]) if written["stamp"] == self._stamp else {}
 
 
 def _key(run: ListedRun) -> str:

@@ -29,8 +29,9 @@ from cad.errors import UserError
 from cad.models.base import PUBLISHED, resolve_device
 from cad.models.stable_diffusion_3 import T5_PARTS
 from cad.places import REPOSITORY
+from experiments.run.arguments import build
 from experiments.run.command_line import LINK, find_mistake
-from experiments.run.configuration import Compose, build, composer
+from experiments.run.configuration import Compose, composer
 from experiments.run.experiment import prepare, run
 from experiments.run.rendering import show_table
 from experiments.run.results import read_json

@@ -9,7 +9,6 @@ looked up once (`experiments.tables.lookup`). Nothing is verified: making a tabl
 from __future__ import annotations
 
 import functools
-import json
 import statistics
 import sys
 from collections import Counter
@@ -25,6 +24,7 @@ from rich.table import Column, Table
 from cad.places import REPOSITORY
 from experiments.run.command_line import exit_status
 from experiments.run.configuration import CONF, Compose, composer
+from experiments.run.results import read_json
 from experiments.tables.exhibit import (
     MINIATURE,
     SCHEMAS,
@@ -98,10 +98,7 @@ def line(exhibit: Exhibit, runs: Sequence[ListedRun], paths: DictConfig) -> list
 @functools.cache
 def editing_seconds(runs: Path, model: str, edit: str) -> float | None:
     """The median time of a model's finished edits by a method; None where there are none."""
-    costs = [
-        json.loads(path.read_text(encoding="utf-8"))["seconds"]
-        for path in runs.glob(f"{model}-*-{edit}-*/cost.json")
-    ]
+    costs = [read_json(path)["seconds"] for path in runs.glob(f"{model}-*-{edit}-*/cost.json")]
     return statistics.median(costs) if costs else None
 
 

@@ -32,7 +32,8 @@ from cad.places import REPOSITORY
 from cad.weight_edit import WeightEdit
 from evaluation.evaluators import clip_score  # noqa: F401  slow imports, which children inherit
 from experiments.run import experiment  # noqa: F401
-from experiments.run.configuration import build, compose
+from experiments.run.arguments import build
+from experiments.run.configuration import compose
 from experiments.run.results import read_json
 
 MODELS = ("sd14", "sd21", "sdxl", "sd35")

@@ -21,8 +21,9 @@ from evaluation.attacks.base import Attack
 from evaluation.evaluators.base import Evaluator
 from evaluation.prompts import Prompt
 from experiments.run import attacking, configuration
+from experiments.run.arguments import build
 from experiments.run.attacking import judge_node, plan_attacks
-from experiments.run.configuration import CONF, build
+from experiments.run.configuration import CONF
 from experiments.run.experiment import prepare, run
 from experiments.run.rendering import find_metric, result_table
 from experiments.run.results import read_json, read_lines

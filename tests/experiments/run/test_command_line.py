@@ -13,7 +13,7 @@ import pytest
 from hydra.errors import ConfigCompositionException, InstantiationException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from programs import Ended, call
+from programs import Ended, call, run
 
 from cad.errors import UserError
 from experiments.run.command_line import INTERRUPTED, USAGE_ERROR, JobEnds, find_mistake
@@ -103,6 +103,24 @@ def test_results_that_cannot_be_written_are_told_before_hydra_writes(tmp_path: P
         assert refused.returncode == USAGE_ERROR
         assert len(refused.stderr.splitlines()) == 1
         assert "paths.results=" in refused.stderr
+
+
+def test_a_group_that_is_no_choice_is_named() -> None:
+    """Hydra itself does not say which."""
+    ended = run("model=null", "logger=none")
+    assert ended.returncode == USAGE_ERROR
+    assert "model=null: choose from mini, sd14" in ended.stderr
+
+
+@pytest.mark.parametrize("folder", ["", "null", "'~/x'"])
+def test_hydras_own_folder_is_named_before_hydra_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ended = run("logger=none", f"hydra.run.dir={folder}")
+    assert ended.returncode == USAGE_ERROR
+    assert ended.stderr.startswith("hydra.run.dir")
+    assert not any(tmp_path.iterdir())
 
 
 def test_failed_jobs_do_not_stop_the_others(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cad.errors import UserError
 from experiments.run import configuration
-from experiments.run.configuration import CONF, build, check, check_results, settle
+from experiments.run.arguments import build
+from experiments.run.configuration import CONF, check, check_results, settle
 
 GROUPS = (
     *("model", "concept", "edit", "after", "ratio", "prompts", "evaluator", "attack", "engine"),
@@ -204,13 +205,13 @@ def test_a_device_that_is_not_there_is_refused(device: str) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("ratio.value=many",), r"edit\.selection\.ratio=many is not allowed; it is a number"),
-        (("ratio.value=null",), r"edit\.selection\.ratio=None is not allowed"),
+        (("ratio.value=many",), r"ratio\.value=many is not allowed; it is a number"),
+        (("ratio.value=null",), r"ratio\.value=None is not allowed"),
         (("ratio.value=0",), r"ratio\.value=0"),
         (("ratio.value=2",), r"ratio\.value=2"),
         (("ratio.per=column",), r"ratio\.per='column'.*row, layer"),
         (("+edit.foo=1",), r"edit\.foo is unknown; CADErase takes: attribution, selection"),
-        (("model.attribution.samples=abc",), r"edit\.attribution\.samples=abc .* whole number"),
+        (("model.attribution.samples=abc",), r"model\.attribution\.samples=abc .* whole number"),
         (("edit=esd", "edit.gradient_checkpointing=1"), r"checkpointing=1 .* true or false"),
         (("edit=uce", "edit.guide=3"), r"edit\.guide=3 is not allowed; it is a text"),
         (("edit=uce", "edit.preserve_scale=x"), r"=x is not allowed; it is a number or null"),

@@ -31,7 +31,8 @@ from cad.weight_edit import NO_EDIT, WeightEdit
 from evaluation.evaluators.base import GENERAL, Evaluator, Metric
 from evaluation.prompts import Prompt, build_prompts
 from experiments.run import configuration
-from experiments.run.configuration import CONF, build, check
+from experiments.run.arguments import build
+from experiments.run.configuration import CONF, check
 from experiments.run.experiment import prepare
 from experiments.run.results import write_records
 

@@ -15,6 +15,7 @@ from cad.models.pretrained import Pretrained
 from evaluation.evaluators.accuracy import Accuracy
 from evaluation.sampler import SamplerSettings
 from experiments.run import configuration, experiment
+from experiments.run.arguments import build
 from experiments.run.experiment import prepare, run
 from experiments.run.results import read_json
 
@@ -93,7 +94,7 @@ def test_all_gpus_are_one_device() -> None:
     for device in ("cuda", "cuda:0", "cuda:1", "cpu"):
         cfg = prepared.cfg.copy()
         cfg.device = device
-        parts = vars(prepared) | {"cfg": cfg, "model": configuration.build(cfg.model.adapter)}
+        parts = vars(prepared) | {"cfg": cfg, "model": build(cfg.model.adapter)}
         parts.pop("folder")
         identities.append(experiment.Experiment(**parts).identity())
     assert identities[0] == identities[1] == identities[2] != identities[3]

@@ -10,7 +10,8 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.run import configuration
-from experiments.run.configuration import CONF, build
+from experiments.run.arguments import build
+from experiments.run.configuration import CONF
 
 PAPER = CONF.parent / "results" / "paper"
 OBJECTS = OmegaConf.load(CONF / "table" / "table01.yaml").axes.concept

@@ -16,7 +16,13 @@ import pytest
 
 from cad.errors import UserError
 from experiments.run.command_line import TERMINATED, exit_status, find_mistake
-from experiments.run.configuration import Compose, check_overrides, check_results, composer
+from experiments.run.configuration import (
+    Compose,
+    check_once,
+    check_overrides,
+    check_results,
+    composer,
+)
 from experiments.run.experiment import prepare
 from experiments.tables.make import make
 
@@ -31,17 +37,43 @@ edit=esd edit.checkpoints=FILE | edit.checkpoints=.* cannot be written to
 attack=p4d attack.store=null | attack.store is empty
 model.name=../../../evil | part of a folder's name
 model.adapter.name=a/b | part of a folder's name
-concepts.parachute.name=../x | concept=../x is unknown
+concepts.parachute.name=../x | ^concepts.parachute.name='../x' is not snake_case
+concepts.parachute.kind=abc | ^concepts.parachute.kind='abc' is unknown
 edit.name=../../../evil | edit.name
 +edit.name=../evil | edit.name is unknown
 model.sampler.steps=1001 | model.sampler.steps=1001 .* at most 1000
 model.sampler.kind=euler | model.sampler.kind='euler' is unknown; allowed: default, ddim
-model.attribution.steps=1001 | edit.attribution.steps=1001
+model.attribution.steps=1001 | ^model.attribution.steps=1001
+model.attribution.samples=1000000000000 | ^model.attribution.samples=.* at most 1000000
 images_per_class=1000000000 limit=null | images_per_class=1000000000 .* at most
 model.source.path=/ | does not hold a whole diffusers pipeline
 model.source.path=FILE | does not hold a whole diffusers pipeline
 evaluator=[clip_score] model.clip.folder=/ | holds no CLIP
-model.attribution.samples=abc | samples=abc .* a whole number
+model.attribution.samples=abc | ^model.attribution.samples=abc .* a whole number
+ratio.value=null | ^ratio.value=None is not allowed
+ratio.per=5 | ^ratio.per=5 is not allowed
+edit=salun edit.pictures.count=0 | ^edit.pictures.count=0 is not allowed
+model.adapter.device=abc | ^model.adapter.device='abc' is unknown; allowed: auto
+model.classifier.device=abc | ^model.classifier.device='abc' is unknown
+attack=p4d attack.tokens=1000 | ^attack.tokens=1000 .* at most 75
+attack=p4d attack.timesteps=9999 | ^attack.timesteps=9999 .* at most 1000
+attack=random_tokens attack.timesteps=9999 | ^attack.timesteps=9999 .* at most 1000
+model.adapter.resolution=1000000000000 | resolution=1000000000000 .* at most 8192
+model.evaluators.object=null | ^model.evaluators.object=None measures nothing: .* evaluator=NAME
+model.evaluators.object.accuracy=null | ^evaluator.accuracy=None is no part
+model.evaluators=null | ^model.evaluators=None is not allowed: it has keys of its own
+model.classifier.folder=/nope | /nope/config.json cannot be read .* model.classifier.folder
+model.prompts.object=5 | ^prompts=5 is not allowed
+model.prompts.object.subjects=5 | ^model.prompts.object.subjects=5 is not allowed; it is names
+evaluator=[fid] model.prompts.general=abc | ^model.prompts.general=abc is no part
+safety=5 | ^safety=5 is not allowed: it has keys of its own
+effect=null | ^effect=None is not allowed
+~edit.selection | ^edit.selection is missing: give it a value
+~seed | Interpolation key 'seed' not found; python run.py --cfg job
+logger=csv logger.path=/ | ^logger.path=/ is a folder: name a file
+logger=csv logger.path=FILE/x.csv | ^logger.path=.* cannot be written to .* another folder
+logger=tensorboard logger.folder=FILE | ^logger.folder=.* cannot be written to
+logger=wandb logger.folder=/proc/x | ^logger.folder=/proc/x cannot be written to
 edit=rescale edit.factor=null | edit.factor=None .* a number
 edit=rescale edit.factor=nan | edit.factor=nan .* finite
 +model.sampler.foo=1 | model.sampler.foo is unknown
@@ -78,7 +110,7 @@ concept=[church,church] | concept=.*named twice
 evaluator=[accuracy,accuracy] | evaluator=.*named twice
 evaluator=[nope] | choose from accuracy, clip_score
 seed=${seed} | seed: Recursive interpolation
-values=5 | ^ratio.value:
+values=5 | ^values=5 is not allowed
 """
 CASES = [line.partition(" | ")[::2] for line in REFUSED.strip().split("\n")]
 
@@ -136,6 +168,19 @@ def test_files_that_cannot_be_opened_are_told_in_a_line() -> None:
     for number in (errno.EACCES, errno.ENOTDIR, errno.ENAMETOOLONG):
         told = find_mistake(OSError(number, os.strerror(number), "/x/y"))
         assert told == f"/x/y cannot be read or written ({os.strerror(number)})"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["seed=1", "limit=3", "seed=2"], "seed=1 seed=2: seed is given 2 values; give it one"),
+        (["model=mini", "model=sd14"], "model is given 2 values"),
+    ],
+)
+def test_a_key_is_given_one_value(given: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_once(given)
+    check_once(["evaluator=nudity", "evaluator@attack.judge=face", "~model.x", "+model.x=1"])
 
 
 @pytest.mark.parametrize("given", ["making.fast=maybe", "making.filter=5", "making.run=-1"])

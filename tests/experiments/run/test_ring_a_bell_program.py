@@ -25,7 +25,7 @@ from evaluation.attacks.ring_a_bell import Found, RingABell
 from evaluation.prompts import build_prompts
 from experiments.ring_a_bell import PROMPT_SET, build_search, build_starts, make_prompts
 from experiments.run import configuration
-from experiments.run.configuration import build
+from experiments.run.arguments import build
 
 # The random weights' tokenizer has letters alone, so the texts of the pairs are short.
 QUICK = ("search.tokens=3", "search.population=6", "search.generations=2", "count=3", "device=cpu")

@@ -22,7 +22,8 @@ from tables_fixture import (
 )
 
 from cad.errors import UserError
-from experiments.run.configuration import CONF, build, compose, composer
+from experiments.run.arguments import build
+from experiments.run.configuration import CONF, compose, composer
 from experiments.run.experiment import prepare
 from experiments.tables.cells import Cell, build_cells, read_published
 from experiments.tables.exhibit import (
