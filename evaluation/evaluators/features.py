@@ -202,9 +202,12 @@ class CocoImages(Reference):
     def statistics(self, extractor: FeatureExtractor) -> FeatureStatistics:
         key = digest({"extractor": extractor.label, **self._compared})
         path = Path(self.cache) / f"{key}.safetensors"
-        if not path.exists():
-            logger.info("measuring the real images of FID, to be kept in %s", path)
-            self._measure(extractor).save(path, extractor)
+        try:
+            return FeatureStatistics.load(path, extractor)
+        except UserError as error:
+            told = f"{error}: made again" if path.exists() else "made, to be kept"
+            logger.info("statistics of FID's real images in %s: %s", path, told)
+        self._measure(extractor).save(path, extractor)
         return FeatureStatistics.load(path, extractor)
 
     @cached_property

@@ -21,10 +21,10 @@ from typing import Any
 import hydra
 import numpy as np
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from PIL import Image
 
+from cad.errors import UserError
 from cad.files import write_atomically
 from cad.models.base import DiffusionModel
 from evaluation.evaluators.base import Evaluator, score_image_set, wilson
@@ -38,6 +38,7 @@ from experiments.miniature.captions import STYLES, SUBJECTS
 from experiments.miniature.card import write_card
 from experiments.miniature.classifier import predict
 from experiments.miniature.data import load_photographs
+from experiments.run.arguments import build
 from experiments.run.command_line import exit_status
 
 log = logging.getLogger(__name__)
@@ -50,13 +51,15 @@ SPEED_BATCHES = 3
     version_base="1.3", config_path="../../conf", config_name="programs/miniature_evaluation"
 )
 def main(config: DictConfig) -> None:
-    model: DiffusionModel = instantiate(config.model.adapter).load()
-    settings = SamplerSettings(**config.model.sampler)
+    if config.parquet is not None and not Path(config.parquet).is_file():
+        raise UserError(f"parquet={config.parquet}: no such file")
+    model: DiffusionModel = build(config.model.adapter).load()
+    settings = build(config.model.sampler, SamplerSettings)
     root, weights = Path(config.paths.images), Path(config.paths.miniature)
     n, seed = config.images_per_class, config.seed
-    accuracy: Evaluator = instantiate(config.model.evaluators.object.accuracy)
-    style_accuracy: Evaluator = instantiate(config.model.evaluators.style.style_accuracy)
-    face: Evaluator = instantiate(config.face)
+    accuracy: Evaluator = build(config.model.evaluators.object.accuracy)
+    style_accuracy: Evaluator = build(config.model.evaluators.style.style_accuracy)
+    face: Evaluator = build(config.face)
     subjects = ObjectPrompts(SUBJECTS, n, seed)
     things = draw(model, subjects, settings, root)
     styles = draw(model, StylePrompts(STYLES, SUBJECTS, n, seed), settings, root)

@@ -16,6 +16,7 @@ from cad.files import write_atomically
 from cad.identity import short_digest
 from experiments.miniature.data import Photographs, load_photographs
 from experiments.miniature.training import SITTINGS_FILE
+from experiments.run.results import read_json
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +100,7 @@ class Workshop:
         path = self.folder / stage / MADE_FROM_FILE
         if not path.exists():
             return None
-        begun: dict[str, str] = json.loads(path.read_text())
+        begun: dict[str, str] = read_json(path)
         return begun
 
     def report(self, stage: str, settings: Any, figures: dict[str, Any]) -> None:
@@ -117,5 +118,5 @@ class Workshop:
         """Settings and figures of the finished stages."""
         if not self.report_file.exists():
             return {}
-        report: dict[str, dict[str, Any]] = json.loads(self.report_file.read_text())
+        report: dict[str, dict[str, Any]] = read_json(self.report_file)
         return report

@@ -17,11 +17,12 @@ import sys
 from pathlib import Path
 
 import hydra
-import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from cad.checks import seed, texts
 from cad.errors import UserError
+from cad.models.base import resolve_device
 from experiments.miniature.stages import INPUTS, Workshop
 from experiments.run.command_line import exit_status
 
@@ -35,18 +36,16 @@ def main(config: DictConfig) -> None:
 
 def run_stages(config: DictConfig) -> None:
     """Run the stages of `config` that are not done yet, in their order."""
-    unknown = set(config.stages) - set(INPUTS)
+    unknown = set(texts("stages", config.stages)) - set(INPUTS)
     if unknown:
         raise UserError(f"stages={list(config.stages)}: {sorted(unknown)} not in {list(INPUTS)}")
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    parts = {stage: instantiate(config[stage], _convert_="all") for stage in config.stages}
     workshop = Workshop(
         folder=Path(config.work).expanduser(),
         parquet=config.data.parquet,
         cache_folder=Path(config.data.cache).expanduser(),
-        seed=config.seed,
-        device=device,
+        seed=seed("seed", config.seed),
+        device=str(resolve_device(config.device)),
     )
     for stage in INPUTS:
         if stage not in config.stages:
@@ -58,7 +57,7 @@ def run_stages(config: DictConfig) -> None:
         if stage != "export":
             workshop.begin(stage)
         module = importlib.import_module(f"experiments.miniature.{stage}")
-        figures = module.run(workshop, **instantiate(config[stage], _convert_="all"))
+        figures = module.run(workshop, **parts[stage])
         workshop.report(stage, settings, figures)
 
 

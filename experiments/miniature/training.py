@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from cad.checks import check, not_negative, positive, share, whole
 from cad.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,11 @@ class Schedule:
     weight_decay: float
     ema: float  # decay of the averaged weights, which are the ones that ship
     checkpoint_every: int  # steps
+
+    def __post_init__(self) -> None:
+        counts = dict.fromkeys(("steps", "batch_size", "checkpoint_every"), whole(1))
+        check(self, "schedule", **counts, warmup=whole(0), lr=positive, ema=share)
+        check(self, "schedule", weight_decay=not_negative)
 
 
 def learning_rate(step: int, schedule: Schedule) -> float:

@@ -42,12 +42,10 @@ def build(
     """
     place = place or (node._get_full_key(None) if OmegaConf.is_config(node) else "it")
     check_arguments(node, target or target_of(node, place), place)
+    if target is not None:
+        return target(**OmegaConf.to_container(node, resolve=True))
     try:
-        return (
-            target(**OmegaConf.to_container(node, resolve=True))
-            if target
-            else hydra.utils.instantiate(node, _convert_="all")
-        )
+        return hydra.utils.instantiate(node, _convert_="all")
     except InstantiationException as error:
         if not isinstance(error.__cause__, UserError):
             raise
@@ -112,13 +110,12 @@ def check_arguments(node: DictConfig, target: Callable[..., Any], place: str) ->
             from cad.models.base import resolve_device  # PyTorch, which --help need not import
 
             resolve_device(value, key)
-    for name, each in parameters.items():
-        needed = each.default is each.empty and each.kind not in (
-            each.VAR_KEYWORD,
-            each.VAR_POSITIONAL,
-        )
-        if needed and name not in node and not node.get("_partial_"):
-            raise UserError(f"{place}.{name} is missing: give it a value, {place}.{name}=VALUE")
+    needed = [name for name, each in parameters.items() if each.default is each.empty]
+    missing = (
+        [] if is_open or node.get("_partial_") else [name for name in needed if name not in node]
+    )
+    if missing:
+        raise UserError(f"{place}.{missing[0]} is missing: set {place}.{missing[0]}")
 
 
 def origin(node: DictConfig, name: str) -> str:

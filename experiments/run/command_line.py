@@ -25,12 +25,7 @@ from hydra.errors import HydraException, InstantiationException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
-from omegaconf.errors import (
-    ConfigAttributeError,
-    ConfigKeyError,
-    InterpolationKeyError,
-    OmegaConfBaseException,
-)
+from omegaconf.errors import OmegaConfBaseException
 
 from cad.errors import UserError
 from cad.files import write_atomically
@@ -106,7 +101,7 @@ def find_mistake(error: BaseException) -> str | None:
         return f"{error.filename or 'a file'} cannot be read or written ({error.strerror})"
     if isinstance(error, OmegaConfBaseException):
         told = str(error).splitlines()[0]
-        if isinstance(error, InterpolationKeyError | ConfigKeyError | ConfigAttributeError):
+        if told.endswith(("not found", "not in struct")):
             told += "; python run.py --cfg job shows the keys that there are"
         return told.partition(RESOLVING)[2] or f"{error.full_key or 'the configuration'}: {told}"
     known = isinstance(error, HydraException) or _origin(error) in CONFIGURING
@@ -137,7 +132,7 @@ def _origin(error: BaseException) -> str:
 
 
 class JobEnds(Callback):
-    """Hydra's callback of `run.py`: unusable folders, failed jobs, a multirun's summary.
+    """Hydra's callback of all programs: unusable folders, failed jobs, a multirun's summary.
 
     A failed job does not stop the others of a multirun; the process then ends with USAGE_ERROR. It
     ends by SystemExit: Hydra turns any other exception of a callback into a warning, and adds words
@@ -145,10 +140,10 @@ class JobEnds(Callback):
     """
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        _end_unless_usable(config)  # before Hydra makes its folder there
+        _end_unless_usable(config, "hydra.run.dir")  # before Hydra makes it
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        _end_unless_usable(config)
+        _end_unless_usable(config, "hydra.sweep.dir")
         for link in Path(config.hydra.sweep.dir).glob(f"*/{LINK}"):
             link.unlink()  # of an earlier run of the same command
         self._count, self._began = _count_jobs(config), time.monotonic()
@@ -205,11 +200,11 @@ def _clock(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
 
 
-def _end_unless_usable(config: DictConfig) -> None:
+def _end_unless_usable(config: DictConfig, hydras: str) -> None:
     given = config.hydra.overrides
     try:
         check_once([*given.task, *given.hydra])
-        check_results(config)
+        check_results(config, hydras)
     except UserError as error:
         log.error("%s", error)
         raise SystemExit(USAGE_ERROR) from error

@@ -41,14 +41,14 @@ OPTIONAL = ("prompts", "evaluator", "attacks")  # sections, or nothing
 FOLDERS = (  # that are written to, where they are chosen
     *(f"paths.{name}" for name in ("results", "runs", "images", "scores", "edits", "statistics")),
     *("attack.store", "edit.store.root", "edit.checkpoints", "logger.folder"),
-    *("hydra.run.dir", "hydra.sweep.dir"),
+    *("work", "output", "store"),  # of other programs than run.py
 )
 FILE = "logger.path"  # that is written to; a file, not a folder
 LARGEST = 2**63  # of the numbers that libraries take
 
 PROBE = "?"  # a value that no key has
 USED = (  # of a run's configuration; what they interpolate is used too
-    *("model.name", "model.adapter", "model.sampler", "model.prompts", "model.concepts"),
+    *("model.name", "model.adapter", "model.sampler", "model.prompts.general", "model.concepts"),
     *("concepts", "edit", "prompts", "evaluator", "attacks", "engine", "logger", "paths"),
     *("seed", "limit", "device", "dtype", "safety", "effect.count"),
 )
@@ -198,12 +198,15 @@ def check_concept(cfg: DictConfig, concept: DictConfig) -> None:
         )
 
 
-def check_results(cfg: DictConfig) -> None:
-    """Make the folder of all results. UserError for one of FOLDERS, or a FILE, that takes none."""
+def check_results(cfg: DictConfig, *more: str) -> None:
+    """Make the folder of all results.
+
+    UserError for one of FOLDERS, or of the keys `more`, or a FILE, that cannot be written to.
+    """
     _check_named(cfg)
-    for key in (*FOLDERS, FILE):
-        given = OmegaConf.select(cfg, key)
-        if given is None and (not key.startswith("hydra") or "hydra" not in cfg):
+    for key in (*FOLDERS, *more, FILE):
+        given = OmegaConf.select(cfg, key, default=PROBE)
+        if given == PROBE or (given is None and key == "edit.checkpoints"):
             continue
         place = Path(_check_folder(key, given))
         if key == FILE and place.is_dir():
@@ -287,7 +290,7 @@ def _check_values(value: Any, key: str = "") -> None:
 
 
 def _check_named(cfg: DictConfig) -> None:
-    for name, given in cfg.paths.items():
+    for name, given in (cfg.get("paths") or {}).items():
         _check_folder(f"paths.{name}", given)
     if cfg.get("attacks"):
         _check_folder("attack.store", cfg.attack.store)

@@ -173,8 +173,8 @@ def read_json(path: Path) -> Any:
     """The object of a JSON file of results. UserError for a damaged one."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict) or not found:
-            raise ValueError("no JSON object with keys")
+        if not isinstance(found, dict):
+            raise ValueError("no JSON object")
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}): delete it, and make it again") from error
     return found
@@ -219,7 +219,7 @@ def _damaged(folder: Path) -> list[str]:
         digests = read_json(folder / MANIFEST)
     except (OSError, UserError):
         return [MANIFEST]
-    return [
+    return [MANIFEST] * (not digests) + [
         name
         for name, found in digests.items()
         if not (folder / name).is_file() or file_digest(folder / name) != found

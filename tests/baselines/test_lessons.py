@@ -130,6 +130,15 @@ def test_relearning_trains_the_edited_weights_on_pictures_of_the_unedited(tiny_m
     assert other.fingerprint != made.fingerprint
 
 
+def test_relearning_refuses_a_long_prompt_before_the_inner_edit_is_made(
+    tiny_model, church, monkeypatch
+):
+    monkeypatch.setattr(UCE, "make", None)
+    method = Relearned(UCE(" ", ["tench"]), **TRAINED | {"batch_size": 1}, prompt="a " * 40)
+    with pytest.raises(UserError, match="has 42 tokens"):
+        method.make(tiny_model, [church])
+
+
 def test_what_names_nothing_else_is_refused(tiny_model, church):
     for settings in ({"other": "church"}, {"preserve": ["church"]}):
         with pytest.raises(UserError, match=r"edit\.other=.* at least one of each"):

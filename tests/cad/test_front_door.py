@@ -124,6 +124,10 @@ def test_export_of_the_edited_pipeline(pipeline, edit, tmp_path, capsys):
     assert "is there already: name a new folder" in capsys.readouterr().err
     assert main([given[0], "--out", str(tmp_path / "other")]) == 2
     assert "Name a hub id or a folder" in capsys.readouterr().err
+    WeightEdit(edit.changes, {"edit": "bare"}).save(tmp_path / "bare.safetensors")
+    assert main([str(tmp_path / "bare.safetensors"), "--out", str(tmp_path / "other")]) == 2
+    assert "does not say how it was made" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
 
 
 def test_export_of_the_edit_alone_needs_no_package(pipeline, edit, tmp_path):

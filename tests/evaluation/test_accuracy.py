@@ -220,6 +220,23 @@ def test_clip_folder_resizes_and_refuses(metrics, tmp_path):
         ClipFolder(copy, "cpu").load()
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("model.safetensors", None),  # cut short
+        ("preprocessor_config.json", b"[]"),
+        ("tokenizer.json", b"{}"),
+        ("config.json", b""),
+    ],
+)
+def test_a_damaged_clip_folder_is_named_with_its_key(metrics, tmp_path, name, content):
+    copy = Path(shutil.copytree(metrics / "clip", tmp_path / "copy"))
+    whole = (copy / name).read_bytes()
+    (copy / name).write_bytes(whole[: len(whole) // 2] if content is None else content)
+    with pytest.raises(UserError, match=r"copy does not load: .*; model\.clip\.folder names it"):
+        ClipFolder(copy, "cpu").load()
+
+
 def test_any_names_are_classes():
     class Colours(StubClip):
         def embed_texts(self, texts: Sequence[str]) -> Tensor:

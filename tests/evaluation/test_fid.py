@@ -227,6 +227,8 @@ def test_statistics_are_kept_until_files_or_extractor_change(photographs, tmp_pa
         return len(extractor.shapes) - before
 
     assert [measure(), measure()] == [3, 0]
+    next((tmp_path / "cache").iterdir()).write_bytes(b"damaged")
+    assert [measure(), measure()] == [3, 0]
     photographs = photographs.rename(tmp_path / "moved")
     assert measure() == 0
     Image.new("RGB", (5, 5)).save(photographs / "new.JPG")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from programs import Ended, call, run
 
 from cad.errors import UserError
+from cad.places import REPOSITORY
 from experiments.run.command_line import INTERRUPTED, USAGE_ERROR, JobEnds, find_mistake
 
 HERE = Path(__file__).parent
@@ -121,6 +123,26 @@ def test_hydras_own_folder_is_named_before_hydra_writes(
     assert ended.returncode == USAGE_ERROR
     assert ended.stderr.startswith("hydra.run.dir")
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("program", "given", "message"),
+    [
+        ("experiments/ring_a_bell.py", "store=FILE", "store=.*cannot be written to"),
+        ("experiments/tables/status.py", "paths.results=", "paths.results is empty"),
+        ("experiments/tables/report.py", "paths.results=FILE", "paths.results=.*cannot be"),
+        ("experiments/miniature/train.py", "work=", "work is empty: name a folder"),
+    ],
+)
+def test_every_programs_folders_are_checked_before_hydra_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, given: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    ended = call(REPOSITORY / program, given.replace("FILE", str(tmp_path / "file")))
+    assert ended.returncode == USAGE_ERROR
+    assert re.search(message, ended.stderr), ended.stderr
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
 
 
 def test_failed_jobs_do_not_stop_the_others(tmp_path: Path) -> None:

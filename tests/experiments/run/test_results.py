@@ -130,6 +130,13 @@ def test_json_refuses_nan_and_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("content", ["", "[]", "null", '{"a": ', "\xff"])
+def test_damaged_json_is_named_with_what_to_do(tmp_path: Path, content: str) -> None:
+    (tmp_path / "cost.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError, match=r"cost\.json is damaged .*: delete it, and make it again"):
+        read_json(tmp_path / "cost.json")
+
+
 def test_records_are_lines_of_json_and_their_arrays_apart(tmp_path: Path) -> None:
     rows = np.arange(6, dtype=np.float32).reshape(2, 3)
     records: list[Record] = [

@@ -102,6 +102,9 @@ def test_names_are_forgotten_when_code_or_options_change(tmp_path: Path) -> None
     names.note(run, "x")
     names.save()
     assert names.find(run, unasked).result == tmp_path / "runs" / "x"
+    for damaged in ("[]", "{}", "5", "{"):
+        (tmp_path / "runs" / ".names.json").write_text(damaged)
+        assert RunNames(tmp_path / "runs", [str(tmp_path / "conf")]).find(run, unasked) == run
     file.write_text("a: 22")
     assert RunNames(tmp_path / "runs", [str(tmp_path / "conf")]).find(run, unasked).result is None
 
