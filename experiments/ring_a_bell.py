@@ -22,7 +22,7 @@ import pandas as pd
 from omegaconf import DictConfig
 from rich.markup import escape
 
-from cad.checks import finite, whole
+from cad.checks import finite, seed, text, texts, whole
 from cad.concepts import Concept
 from cad.errors import UserError
 from cad.files import write_atomically
@@ -62,6 +62,7 @@ def make_prompts(config: DictConfig) -> Path:
     Raises UserError, before anything is searched, for a setting or a model that does not fit.
     """
     whole(1)("count", config.count)
+    seed("seed", config.seed)
     if len(config.concepts) > 1:
         chosen = ",".join(config.concepts)
         raise UserError(f"concept=[{chosen}]: prompts are searched for one concept. Name one")
@@ -96,9 +97,10 @@ def build_search(config: DictConfig, concept: Concept) -> PromptSearch:
     node = config.search
     eta = finite("search.eta", node.eta)
     genetics = Genetics(**{field.name: node[field.name] for field in fields(Genetics)})
-    fillers = other_fillers(node.fillers, concept)
-    pairs = concept_pairs(node.with_concept, node.without_concept, concept, fillers)
-    return PromptSearch(genetics, eta, [str(word) for word in node.avoid], pairs)
+    fillers = other_fillers(texts("search.fillers", node.fillers), concept)
+    having, lacking = (text(f"search.{k}", node[k]) for k in ("with_concept", "without_concept"))
+    pairs = concept_pairs(having, lacking, concept, fillers)
+    return PromptSearch(genetics, eta, [*texts("search.avoid", node.avoid)], pairs)
 
 
 def build_starts(config: DictConfig, concept: Concept) -> list[Prompt]:
@@ -115,15 +117,15 @@ def build_starts(config: DictConfig, concept: Concept) -> list[Prompt]:
                 f"concept={concept.name}: lower count, or choose another prompts@start"
             )
         return prompts[: config.count]
-    wordings = list(config.search.start)
+    wordings = texts("search.start", config.search.start)
     fillers = other_fillers(config.search.fillers, concept)
     if not wordings:
         raise UserError("search.start is empty; it lists wordings: ['a photo of {a_filler}']")
     in_turn = islice(zip(cycle(wordings), cycle(fillers), strict=False), config.count)
-    texts = [filled("search.start", wording, concept, filler) for wording, filler in in_turn]
+    chosen = [filled("search.start", wording, concept, filler) for wording, filler in in_turn]
     return [
         Prompt(text, derive_seed(config.seed, concept.name, i), concept.name)
-        for i, text in enumerate(texts)
+        for i, text in enumerate(chosen)
     ]
 
 

@@ -158,7 +158,8 @@ class TokenSpace:
         if not 1 <= count <= self.length - 2:
             raise UserError(
                 f"{count} adversarial tokens are not allowed: the text encoder of model="
-                f"{self._text.model} takes 1 to {self.length - 2} beside start and end."
+                f"{self._text.model} takes 1 to {self.length - 2} beside start and end; "
+                "attack.tokens, or search.tokens, says how many."
             )
         for prompt in () if truncate else prompts:
             length = self._text.count(prompt)

@@ -65,10 +65,7 @@ class AttackPlan:
     def check(self, model: DiffusionModel, prompts: Sequence[Prompt]) -> None:
         """Raise UserError for a model, prompts or a judge that the attacks cannot work with."""
         for attack in self.attacks:
-            try:
-                search.places(model.token_space(), prompts, attack.tokens)
-            except UserError as error:
-                raise UserError(f"attack.tokens={attack.tokens}: {error}") from error
+            search.places(model.token_space(), prompts, attack.tokens)
             attack.visited(model)
             key = f"attacks.{attack.name}.gradient_checkpointing"
             check_gradient_checkpointing(model, attack.gradient_checkpointing, key)

@@ -111,10 +111,9 @@ def find_mistake(error: BaseException) -> str | None:
     if listed and (CONF / listed[1]).is_dir():
         return f"{listed[1]}={listed[2]} is unknown; choose from {choices(listed[1])}"
     if str(error).startswith(NO_CHOICE):  # Hydra does not say of which group
-        given = {each.partition("=")[0].lstrip("+"): each for each in sys.argv[1:]}
-        told = [
-            f"{each}: choose from {choices(key)}" for key, each in given.items() if choices(key)
-        ]
+        named = ((each, *each.lstrip("+").split("=", 1)) for each in sys.argv[1:] if "=" in each)
+        known = ((each, value, choices(key)) for each, key, value in named)
+        told = [f"{each}: choose from {c}" for each, value, c in known if c and value not in c]
         return "; ".join([str(error), *told])
     return str(error) + (NO_PLUGIN if "'hydra/launcher/" in str(error) else "")
 

@@ -32,10 +32,10 @@ GROUPS = {  # the key of a prompt set's configuration that names the groups of i
     "evaluation.prompts.StylePrompts": "styles",
 }
 CHOSEN = ("model", "concepts", "edit", "engine", "logger", "paths")  # no run without one of each
-SECTIONS = (  # keys with keys of their own, of every run
+SECTIONS = (  # keys with keys of their own
     *(f"model.{name}" for name in ("source", "adapter", "sampler", "attribution", "prompts")),
     *("model.evaluators", "ratio", "after", "attack", "effect", "safety", "coco", "making"),
-    *("values", "quick"),
+    *("values", "quick", "search"),
 )
 OPTIONAL = ("prompts", "evaluator", "attacks")  # sections, or nothing
 FOLDERS = (  # that are written to, where they are chosen
@@ -199,10 +199,8 @@ def check_concept(cfg: DictConfig, concept: DictConfig) -> None:
 
 
 def check_results(cfg: DictConfig, *more: str) -> None:
-    """Make the folder of all results.
-
-    UserError for one of FOLDERS, or of the keys `more`, or a FILE, that cannot be written to.
-    """
+    """Make the folder of all results. UserError for a folder, also of keys `more`, of no use."""
+    _check_sections(cfg)
     _check_named(cfg)
     for key in (*FOLDERS, *more, FILE):
         given = OmegaConf.select(cfg, key, default=PROBE)
@@ -271,9 +269,14 @@ def _check_chosen(cfg: DictConfig) -> None:
             given = cfg.get(group)
             raise UserError(f"{name}={given} is not allowed; choose one of {choices(name)}")
     build_each(cfg, "concepts")  # their names and kinds choose much of the rest
+    _check_sections(cfg)
+
+
+def _check_sections(cfg: DictConfig) -> None:
     for key in (*SECTIONS, *OPTIONAL):
-        given = OmegaConf.select(cfg, key)
-        if not (isinstance(given, DictConfig) or (given is None and key in OPTIONAL)):
+        given = OmegaConf.select(cfg, key, default=PROBE)
+        absent = (PROBE, None) if key in OPTIONAL else (PROBE,)
+        if not isinstance(given, DictConfig) and given not in absent:
             raise UserError(f"{key}={given} is not allowed: it has keys of its own, {key}.NAME=...")
 
 

@@ -21,6 +21,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Column, Table
 
+from cad.checks import flag, texts
 from cad.places import REPOSITORY
 from experiments.run.command_line import exit_status
 from experiments.run.configuration import CONF, Compose, composer
@@ -46,13 +47,14 @@ def main(config: DictConfig) -> None:
     """Print a line for each table and figure of the model that was named, or of the paper's."""
     folders, given = option_folders(), HydraConfig.get().overrides.task
     paths = [each for each in given if each.startswith("paths.")]
+    fast, overrides = flag("fast", config.fast), texts("overrides", config.overrides)
     names = RunNames(Path(config.paths.runs), folders)
     columns = (Column(heading, no_wrap=True) for heading in HEADINGS)
     table = Table(*columns, caption=CAPTION, caption_justify="left")
     with composer(folders) as compose:
         model = options(given).get("model")
-        for exhibit in every_exhibit([CONF, *folders], model, config.fast, compose):
-            listed = exhibit.list_runs([*config.overrides, *paths])
+        for exhibit in every_exhibit([CONF, *folders], model, fast, compose):
+            listed = exhibit.list_runs([*overrides, *paths])
             runs = [names.find(each, compose) for each in listed]
             table.add_row(*line(exhibit, runs, config.paths))
     names.save()

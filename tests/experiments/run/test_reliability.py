@@ -68,7 +68,9 @@ model.prompts.object.subjects=5 | ^model.prompts.object.subjects=5 is not allowe
 evaluator=[fid] model.prompts.general=abc | ^model.prompts.general=abc is no part
 safety=5 | ^safety=5 is not allowed: it has keys of its own
 effect=null | ^effect=None is not allowed
-~edit.selection | ^edit.selection is missing: give it a value
+making=null | ^making=None is not allowed
+~edit.selection | ^edit.selection is missing: set edit.selection
+seed= | ^seed='' is not allowed
 ~seed | Interpolation key 'seed' not found; python run.py --cfg job
 logger=csv logger.path=/ | ^logger.path=/ is a folder: name a file
 logger=csv logger.path=FILE/x.csv | ^logger.path=.* cannot be written to .* another folder
