@@ -43,7 +43,8 @@ def build(
     place = place or (node._get_full_key(None) if OmegaConf.is_config(node) else "it")
     check_arguments(node, target or target_of(node, place), place)
     if target is not None:
-        return target(**OmegaConf.to_container(node, resolve=True))
+        given: Any = OmegaConf.to_container(node, resolve=True)
+        return target(**given)
     try:
         return hydra.utils.instantiate(node, _convert_="all")
     except InstantiationException as error:
