@@ -16,7 +16,6 @@ import torch
 from torch import Generator, Tensor
 
 from cad.checks import check, flag, not_negative, one_of, positive, steps, whole
-from cad.errors import UserError
 from cad.identity import Identified, immaterial, material
 from cad.models.base import DiffusionModel
 from cad.models.conditioning import Conditioning, TokenSpace
@@ -138,14 +137,11 @@ class Attack(Identified, ABC):
         return self.optimises
 
     def visited(self, model: DiffusionModel) -> Tensor:
-        """The timesteps in their order, (timesteps,) int64. UserError if there are too many.
+        """The timesteps in their order, (timesteps,) int64. UserError for what a sampler lacks.
 
         The released ones: the middles of equal parts of the training's, from image to noise.
         """
         most = model.sampler(1, "ddim").training_timesteps
-        if self.timesteps > most:
-            key = f"attacks.{self.name}.timesteps={self.timesteps}"
-            raise UserError(f"{key} is not allowed: model={model.name} was trained on {most}.")
         part = most // self.timesteps
         return torch.arange(part // 2, most, part, device=model.device)[: self.timesteps]
 

@@ -160,7 +160,7 @@ def test_local_weights_enter_by_content_not_by_place(weights: Path, tmp_path: Pa
             "attack=p4d starts",
         ),
         (("evaluator=[clip_score]", "model.prompts.general=null"), r"set model\.prompts\.general"),
-        (("attack=p4d", "attack.tokens=0"), r"attacks\.p4d\.tokens=0"),
+        (("attack=p4d", "attack.tokens=0"), r"attack\.tokens=0"),
         (("attack=p4d", "attacks.p4d.lr=fast"), r"attacks\.p4d\.lr=fast .* a number"),
         (("attack=p4d", "+attacks.p4d.foo=1"), r"p4d\.foo is unknown; P4D takes: tokens, .*states"),
         (
