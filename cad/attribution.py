@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -147,6 +147,26 @@ def is_stored(
 ) -> bool:
     """Whether `attribute` need not compute these scores."""
     return store is not None and store.path(_key(model, objective, attribution)).exists()
+
+
+def stored_scores(provenance: Mapping[str, Any], store: Store) -> dict[str, Tensor]:
+    """The scores that an edit was made of, by its provenance, of its first concept; on the CPU.
+
+    Raises UserError where the store does not have them.
+    """
+    told = provenance["settings"]
+    attribution = dict(told["attribution"])
+    key = {
+        "version": attribution.pop("version"),
+        "model": provenance["model"],
+        "objective": told["objectives"][0],
+        "attribution": attribution,
+        **{name: provenance[name] for name in describe_runtime("cpu")},
+    }
+    path = store.path(key)
+    if not path.exists():
+        raise UserError(f"the scores {path} of an edit are gone: make the edit's run again.")
+    return read_tensors(path, FORMAT)[1]
 
 
 def _key(

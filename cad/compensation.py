@@ -32,7 +32,7 @@ from cad.checks import check, not_negative, positive, whole
 from cad.errors import UserError
 from cad.identity import Identified
 from cad.models.base import DiffusionModel
-from cad.trajectories import visits
+from cad.trajectories import ALL, visits
 from cad.weight_edit import Change, Replace
 
 _ELEMENTS = 2**24  # of the rows' systems that are solved at once
@@ -74,7 +74,7 @@ class Compensation(Identified):
         preserved, edited: prompts. Needs two (in, in) float32 for each layer. Raises UserError for
         inputs that are not finite.
         """
-        plan = replace(plan, samples=self.samples)
+        plan = replace(plan, samples=self.samples, stage=ALL)
         kept, lost = (
             input_moments(model, list(chosen), each, plan) for each in (preserved, edited)
         )

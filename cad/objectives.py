@@ -103,7 +103,7 @@ class EraseObjective(Objective):
         }
 
     def terms(self, model: DiffusionModel, plan: NoisePlan) -> tuple[int, Terms]:
-        return plan.steps * len(plan.batches(plan.samples)), self._terms(model, plan)
+        return plan.count(plan.samples), self._terms(model, plan)
 
     def _terms(self, model: DiffusionModel, plan: NoisePlan) -> Terms:
         prompts = [self.concept.prompt, "", self.concept.base_prompt]
@@ -146,16 +146,18 @@ class AmplifyObjective(Objective):
     def terms(self, model: DiffusionModel, plan: NoisePlan) -> tuple[int, Terms]:
         x_0 = self.references.latents(model, self.concept)  # (R, C, h, w)
         x_0 = x_0.repeat_interleave(plan.samples, dim=0)  # (R * samples, C, h, w)
-        return plan.steps * len(plan.batches(len(x_0))), self._terms(model, plan, x_0)
+        return plan.count(len(x_0)), self._terms(model, plan, x_0)
 
     def _terms(self, model: DiffusionModel, plan: NoisePlan, x_0: Tensor) -> Terms:
         c = self.conditioning(model)
-        timesteps = model.sampler(plan.steps, "ddim").timesteps
+        timesteps, counted = model.sampler(plan.steps, "ddim").timesteps, plan.counted()
         for batch in plan.batches(len(x_0)):
             generators = make_generators(batch, salt=f"amplify-{plan.seed}")
             clean = x_0[batch.start : batch.stop]  # (N, C, h, w)
-            for t in timesteps:
+            for index, t in enumerate(timesteps):
                 noise = draw_noise(model, generators)
+                if index not in counted:
+                    continue
                 x_t = model.add_noise(clean, noise, t)
                 at = Comparison(x_t, t, model.target(clean, noise, t))
                 yield at, model.predict(x_t, t, c.expand(len(batch)))

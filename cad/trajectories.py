@@ -6,22 +6,29 @@ t's own, so that t meets latents one step cleaner than it says, at the end the i
 `shared` walks once and passes every x_t on its way; the conditional prediction that guides the
 sampler is the very one that the objective differentiates. Its x_t are correlated, which noise at
 every step (eta = 1) and several samples make up for at a fraction of the cost.
+
+A plan may be restricted to a stage of the way: of its timesteps the first, second or last third.
+States and noise stay what they are, so J, and the scores, of all are the sum of the stages'.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from cad.checks import check, finite, one_of, optional, seed, share, steps, whole
+from cad.errors import UserError
+from cad.identity import UNSAID
 from cad.models.base import DiffusionModel
 from cad.models.conditioning import Conditioning
 from cad.sampling import draw_noise, guide, make_generators, walk
 
 TRAJECTORIES = ("shared", "restart", "released")
+ALL = "all"
+STAGES = ("early", "middle", "late")  # from noise to image
 KEYS = "edit.attribution"  # where the configuration has these settings
 
 
@@ -38,12 +45,30 @@ class NoisePlan:
     guidance: float = 3.0  # classifier-free guidance on the way to x_t
     eta: float | None = 1.0  # fresh noise per DDIM step, 0 to 1; None: 1 if the sampler can, else 0
     trajectory: str = "shared"  # one of TRAJECTORIES
+    stage: str = field(default=ALL, metadata=UNSAID)  # timesteps that count: ALL, or of STAGES
     seed: int = 0
     batch_size: int = 16  # samples evaluated at once
 
     def __post_init__(self) -> None:
         check(self, KEYS, steps=steps, samples=whole(1), batch_size=whole(1), guidance=finite)
         check(self, KEYS, eta=optional(share), trajectory=one_of(TRAJECTORIES), seed=seed)
+        check(self, KEYS, stage=one_of((ALL, *STAGES)))
+        if self.stage != ALL and self.steps < len(STAGES):
+            raise UserError(
+                f"{KEYS}.steps={self.steps} is not allowed with {KEYS}.stage={self.stage}: stages "
+                "are thirds of the steps."
+            )
+
+    def counted(self) -> range:
+        """Which of the timesteps have a term in J, by their number from noise to image."""
+        if self.stage == ALL:
+            return range(self.steps)
+        third = STAGES.index(self.stage)
+        return range(third * self.steps // 3, (third + 1) * self.steps // 3)
+
+    def count(self, total: int) -> int:
+        """How many terms J has over so many samples: one for each batch at each timestep."""
+        return len(self.counted()) * len(self.batches(total))
 
     def batches(self, total: int) -> list[range]:
         """0 .. total - 1 in batches of at most `batch_size`."""
@@ -64,7 +89,7 @@ class Visit:
 def visits(
     model: DiffusionModel, plan: NoisePlan, c: Conditioning, unconditional: Conditioning
 ) -> Iterator[Visit]:
-    """All states of the plan: `steps` per batch of samples, in the order they are reached.
+    """All states of the plan: those `counted` of each batch of samples, in the order of the way.
 
     c and unconditional (1, ...). The caller's gradient mode decides whether predictions carry
     their graph; take what is needed from one visit before asking for the next.
@@ -78,12 +103,15 @@ def visits(
 def _shared(
     model: DiffusionModel, plan: NoisePlan, samples: range, c: Conditioning, empty: Conditioning
 ) -> Iterator[Visit]:
+    counted = plan.counted()
     sampler = model.sampler(plan.steps, "ddim", plan.eta)
     generators = make_generators(samples, salt=f"attribution-{plan.seed}")
     x_t = draw_noise(model, generators) * sampler.init_sigma  # (N, C, h, w)
-    for t in sampler.timesteps:
-        visit = _visit(model, sampler.scale(x_t, t), t, c, empty)
-        yield visit
+    for index, t in enumerate(sampler.timesteps[: counted.stop]):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and index in counted):
+            visit = _visit(model, sampler.scale(x_t, t), t, c, empty)
+        if index in counted:
+            yield visit
         guided = guide(visit.unconditional, visit.conditional.detach(), plan.guidance)
         x_t = sampler.step(guided, t, x_t, generators)
 
@@ -92,7 +120,7 @@ def _restarted(
     model: DiffusionModel, plan: NoisePlan, samples: range, c: Conditioning, empty: Conditioning
 ) -> Iterator[Visit]:
     beyond = 1 if plan.trajectory == "released" else 0  # steps past the one before t's
-    for index in range(plan.steps):
+    for index in plan.counted():
         sampler = model.sampler(plan.steps, "ddim", plan.eta)
         generators = make_generators(samples, salt=f"attribution-{plan.seed}-{index}")
         x_t = walk(model, sampler, generators, c, empty, plan.guidance, steps=index + beyond)

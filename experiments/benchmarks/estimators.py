@@ -43,6 +43,7 @@ from cad.models.base import DiffusionModel
 from cad.models.pretrained import Pretrained
 from cad.objectives import Objective
 from cad.store import Store
+from cad.trajectories import ALL
 from experiments.benchmarks import estimator_report as report
 from experiments.benchmarks.measuring import timer, write_benchmark
 from experiments.run.command_line import exit_status
@@ -142,9 +143,10 @@ def flop_counter(
     state, guided = two - one, count(2, "restart") - two
 
     def flops(whole: Attribution) -> float:
-        beyond = {"restart": -1, "released": 1}.get(whole.trajectory)
-        walked = 0 if beyond is None else whole.steps * (whole.steps + beyond) // 2
-        return one - state + whole.samples * (whole.steps * state + walked * guided)
+        counted = whole.counted()
+        beyond = {"restart": 0, "released": 1}.get(whole.trajectory)
+        walked = counted.start if beyond is None else sum(i + beyond for i in counted)
+        return one - state + whole.samples * (len(counted) * state + walked * guided)
 
     return flops
 
@@ -168,7 +170,7 @@ def agree(
 def shorten(attribution: Attribution) -> Attribution:
     """Two steps of one batch: further steps and batches need no more memory than these."""
     samples = min(attribution.samples, attribution.batch_size)
-    return replace(attribution, steps=2, samples=samples, seed=0)
+    return replace(attribution, steps=2, stage=ALL, samples=samples, seed=0)
 
 
 def peak_memory_mb(pretrained: Pretrained, objective: Objective, attribution: Attribution) -> float:

@@ -26,6 +26,7 @@ from cad.objectives import AmplifyObjective, EraseObjective
 from cad.references import LatentFile
 from cad.sampling import make_generators
 from cad.selection import Selection
+from cad.trajectories import STAGES
 
 SETTINGS = Attribution(steps=3, samples=2, batch_size=2, seed=5)
 
@@ -162,6 +163,36 @@ def test_shared_and_restarted_trajectories_agree(tiny_model, parachute):
     assert spearmanr(*flat).statistic > 0.3
 
 
+@pytest.mark.parametrize("trajectory", ["shared", "restart", "released", "amplify"])
+def test_the_scores_of_all_timesteps_are_the_sum_of_the_stages(
+    tiny_model, parachute, tmp_path, trajectory
+):
+    """The same states and noise: what a stage leaves out is all that it changes."""
+    objective = EraseObjective(parachute)
+    settings = replace(SETTINGS, steps=4, samples=3)
+    if trajectory == "amplify":
+        x_0 = torch.randn(2, *tiny_model.latent_shape, generator=torch.Generator().manual_seed(1))
+        save_file({"parachute": x_0}, tmp_path / "references.safetensors")
+        objective = AmplifyObjective(parachute, LatentFile(tmp_path / "references.safetensors"))
+    else:
+        settings = replace(settings, trajectory=trajectory)
+    parts = [replace(settings, stage=stage) for stage in STAGES]
+    assert [len(part.counted()) for part in parts] == [1, 1, 2]
+    scores = [part.scores(tiny_model, objective) for part in parts]
+    whole = settings.scores(tiny_model, objective)
+    total = {name: sum(each[name] for each in scores) for name in whole}
+    assert_scores_equal(total, whole)
+    name = next(iter(whole))
+    assert not any(torch.allclose(each[name], whole[name], rtol=0.01) for each in scores)
+
+
+def test_a_stage_is_part_of_the_identity_and_all_is_unsaid():
+    plain = SETTINGS.settings()
+    assert "stage" not in plain
+    told = {replace(SETTINGS, stage=stage).settings()["stage"] for stage in STAGES}
+    assert told == set(STAGES)
+
+
 def test_gradients_are_given_back_after_an_exception(tiny_model):
     weights = component_weights(tiny_model, "ff")
     with pytest.raises(ZeroDivisionError), summed_gradients(weights, torch.device("cpu")):
@@ -271,6 +302,8 @@ def test_an_objective_that_is_not_finite_is_refused(tiny_model, parachute):
         ({"guidance": float("nan")}, "edit.attribution.guidance=nan"),
         ({"sums_on": "disk"}, "edit.attribution.sums_on='disk' is unknown; allowed: device, cpu"),
         ({"trajectory": "loop"}, "allowed: shared, restart, released"),
+        ({"stage": "end"}, "edit.attribution.stage='end' is unknown; allowed: all, early, middle"),
+        ({"stage": "middle", "steps": 1}, "attribution.steps=1 is not .* stages are thirds"),
         ({"samples": "abc"}, "edit.attribution.samples='abc' is not allowed: it is a whole number"),
         ({"gradient_checkpointing": 1}, "edit.attribution.gradient_checkpointing=1"),
     ],

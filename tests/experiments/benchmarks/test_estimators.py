@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -35,6 +36,9 @@ SMALL = (
     "~estimators.shared_deterministic",
     "~estimators.shared_25_steps",
     "~estimators.shared_10_steps",
+    "~estimators.shared_5_steps",
+    "~estimators.shared_3_steps",
+    "~estimators.early_5_of_15_steps",
     "estimators.restart.samples=[1]",
     "estimators.shared.samples=[3]",
 )
@@ -70,8 +74,9 @@ def test_flops_are_those_of_the_whole_attribution(
 ) -> None:
     objective = EraseObjective(parachute)
     flops = estimators.flop_counter(tiny_model, objective, Attribution())
-    for trajectory in ("shared", "restart"):
-        whole = Attribution(steps=3, samples=2, batch_size=2, trajectory=trajectory)
+    ways = ("shared", "all"), ("shared", "middle"), ("restart", "all"), ("restart", "late")
+    for trajectory, stage in ways:
+        whole = Attribution(steps=3, samples=2, batch_size=2, trajectory=trajectory, stage=stage)
         with FlopCounterMode(display=False) as counter:
             whole.scores(tiny_model, objective)
         assert flops(whole) == pytest.approx(counter.get_total_flops(), rel=0.02)  # prompts aside
@@ -82,7 +87,7 @@ def test_memory_is_that_of_a_process_of_its_own(configure: Configure) -> None:
     method = experiment.method
     assert isinstance(method, ScoredEdit)
     objective = method.objective(experiment.concepts[0])
-    short = estimators.shorten(method.attribution)
+    short = estimators.shorten(replace(method.attribution, steps=3, stage="late"))
     assert (short.steps, short.samples) == (2, 2)
     assert estimators.peak_memory_mb(experiment.model, objective, short) > 0
 

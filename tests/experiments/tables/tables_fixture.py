@@ -16,7 +16,7 @@ from experiments.tables.exhibit import Exhibit, ListedRun, Place, Table, read_ex
 NUMBERS = range(1, 15)
 COMMIT = "0123456789abcdef"
 FINISHED = "2026-01-02T03:04:05+00:00"
-FIGURES = ["components", "faithfulness", "robustness"]
+FIGURES = ["components", "stages", "faithfulness", "robustness"]
 FIGURES += [f"figure{number}" for number in range(2, 13)]
 VERSIONS = [(None, False), ("mini", False), ("mini", True)]
 
