@@ -8,7 +8,7 @@ the weights: on a J that is linear in them they are equal.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from tqdm import tqdm
 
 from cad.attribution import Attribution
 from cad.components import component_weights
+from cad.concepts import Concept
+from cad.edits import ScoredEdit
 from cad.errors import UserError
 from cad.models.base import DiffusionModel
 from cad.objectives import Objective
@@ -107,6 +109,54 @@ def effect_correlation(
         predicted[i] = predict_effect(scores, indices)
         measured[i] = measure_effect(model, recorded, edit)
     return EffectCorrelation(predicted, measured, pearson_r(predicted, measured))
+
+
+@dataclass(frozen=True)
+class ChosenEffect:
+    """What an edit's own choice of weights does to J, beside what its scores say."""
+
+    unedited: float  # J of the unedited model
+    predicted: float  # change of J
+    measured: float  # change of J
+    overlap: float  # of the choice with those of other seeds' scores: intersection by union
+
+
+def chosen_effect(
+    model: DiffusionModel, method: ScoredEdit, concept: Concept, edit: WeightEdit, seeds: int
+) -> ChosenEffect:
+    """Means over so many further seeds, none of whose noise the edit's scores have seen.
+
+    Predicted: the first order, from Eq. 3's scores of the concept. Raises UserError for an edit
+    that does more than zeroing or multiplying weights.
+    """
+    indices = {name: each.tensor for name, each in edit.changes.items() if each.indexed}
+    if len(indices) < len(edit.changes):
+        raise UserError(
+            f"effect.seeds={seeds}: edit={method.name} replaces weights, and scores predict what "
+            "zeroing them does. Use effect.seeds=0, or no compensation."
+        )
+    (factor,) = {each.factor or 0.0 for each in edit.changes.values()} or {0.0}
+    objective = method.objective(concept)
+    predicted = predict_effect(method.scored(model, objective).scores, indices, factor)
+    found = []
+    own = method.attribution
+    for seed in tqdm(range(own.seed + 1, own.seed + 1 + seeds), desc="seeds", disable=None):
+        plan = replace(own, seed=seed)
+        recorded = RecordedObjective(model, objective, plan)
+        other = replace(method, attribution=plan).make(model, [concept]).changes
+        shared = overlap(indices, {name: each.tensor for name, each in other.items()})
+        found.append((recorded.unedited, measure_effect(model, recorded, edit), shared))
+    unedited, measured, shared = np.mean(found, axis=0).tolist()
+    return ChosenEffect(unedited, predicted, measured, shared)
+
+
+def overlap(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:
+    """Jaccard's index of two choices {name: distinct flat indices}: intersection by union."""
+    both = sum(
+        int(torch.isin(first[name], second[name]).sum()) for name in first.keys() & second.keys()
+    )
+    sizes = sum(len(each) for chosen in (first, second) for each in chosen.values())
+    return both / (sizes - both) if sizes else 1.0
 
 
 def random_components(

@@ -50,7 +50,7 @@ PROBE = "?"  # a value that no key has
 USED = (  # of a run's configuration; what they interpolate is used too
     *("model.name", "model.adapter", "model.sampler", "model.prompts.general", "model.concepts"),
     *("concepts", "edit", "prompts", "evaluator", "attacks", "engine", "logger", "paths"),
-    *("seed", "limit", "device", "dtype", "safety", "effect.count"),
+    *("seed", "limit", "device", "dtype", "safety", "effect.count", "effect.seeds"),
 )
 
 Compose = Callable[..., DictConfig]
@@ -374,11 +374,13 @@ def _check_effect(cfg: DictConfig) -> None:
     number(lambda x: 0 < x < 1, "a fraction of the weights")("effect.share", cfg.effect.share)
     if count == 1:
         raise UserError("effect.count=1: a correlation needs at least 2 ablations; 0 means none")
-    if count and len(cfg.concepts) > 1:
-        raise UserError(
-            f"effect.count={count} looks at the objective of one concept; chosen are "
-            f"{', '.join(cfg.concepts)}. Use effect.count=0 or name one"
-        )
+    whole(0)("effect.seeds", cfg.effect.seeds)
+    for key in ("count", "seeds"):
+        if cfg.effect[key] and len(cfg.concepts) > 1:
+            raise UserError(
+                f"effect.{key}={cfg.effect[key]} looks at the objective of one concept; chosen "
+                f"are {', '.join(cfg.concepts)}. Use effect.{key}=0 or name one"
+            )
 
 
 def _used(cfg: DictConfig) -> dict[str, Any]:

@@ -111,6 +111,7 @@ class Experiment:
             "seed": self.cfg.seed,
             "limit": self.cfg.limit,
             "effect": [effect.count, effect.share] if effect.count else None,
+            **({"effect_seeds": effect.seeds} if effect.seeds else {}),
             "runtime": describe_runtime(self.cfg.device),
         }
 
@@ -200,7 +201,7 @@ def _make(experiment: Experiment, work: Path) -> None:
     prompts = read_prompts(experiment.cfg, experiment.prompt_sets)
     _check_loaded(experiment, model, prompts)
     edit = _make_edit(experiment, model, work)
-    effect = _report_effects(experiment, model, work)
+    effect = _report_effects(experiment, model, edit, work)
     images = make_images(experiment, model, edit, prompts)
     records, rows = evaluate(experiment.evaluators, images, experiment.targets)
     if experiment.attacks is not None:
@@ -246,7 +247,7 @@ def make_images(
 
 def _check_component(experiment: Experiment) -> None:
     """Raise UserError for weights that the model's family does not have, or no scores to check."""
-    method, count = experiment.method, experiment.cfg.effect.count
+    method, effect = experiment.method, experiment.cfg.effect
     scored = method.innermost
     if isinstance(scored, ScoredEdit):
         known = experiment.model.family_class().components
@@ -256,10 +257,11 @@ def _check_component(experiment: Experiment) -> None:
                 f"component={component} is not allowed for model={experiment.model.name}; choose "
                 f"one of {', '.join(known)}"
             )
-    if count and not isinstance(method, ScoredEdit):
+    if (effect.count or effect.seeds) and not isinstance(method, ScoredEdit):
+        key = "count" if effect.count else "seeds"
         raise UserError(
-            f"effect.count={count}: edit={method.name} makes no scores to check. Use "
-            "effect.count=0 or edit=erase"
+            f"effect.{key}={effect[key]}: edit={method.name} makes no scores to check. Use "
+            f"effect.{key}=0 or edit=erase"
         )
 
 
@@ -311,19 +313,31 @@ def _make_edit(experiment: Experiment, model: DiffusionModel, work: Path) -> Wei
 
 
 def _report_effects(
-    experiment: Experiment, model: DiffusionModel, work: Path
+    experiment: Experiment, model: DiffusionModel, edit: WeightEdit, work: Path
 ) -> dict[str, Any] | None:
-    """Figure 2 in small, if asked for: do the edit's scores predict what ablations do?
-
-    Each ablation removes a random share of the component's weights. Pearson r, and every predicted
-    and measured change of J in EFFECTS.
-    """
+    """What was asked for: do the scores predict what random ablations, and what the edit does?"""
     effect, method = experiment.cfg.effect, experiment.method
-    if not effect.count or not isinstance(method, ScoredEdit):
+    if not (effect.count or effect.seeds) or not isinstance(method, ScoredEdit):
         return None
+    from cad.effects import chosen_effect
+
+    found = _report_ablations(experiment, method, model, work) if effect.count else {}
+    if effect.seeds:
+        given = method, experiment.concepts[0], edit, effect.seeds
+        found |= {"seeds": effect.seeds} | asdict(chosen_effect(model, *given))
+    return found
+
+
+def _report_ablations(
+    experiment: Experiment, method: ScoredEdit, model: DiffusionModel, work: Path
+) -> dict[str, Any]:
+    """Figure 2 in small. Each ablation removes a random share of the component's weights.
+
+    Pearson r, and every predicted and measured change of J in EFFECTS.
+    """
     from cad.effects import effect_correlation
 
-    objective = method.objective(experiment.concepts[0])
+    objective, effect = method.objective(experiment.concepts[0]), experiment.cfg.effect
     wanted = {"count": effect.count, "share": effect.share}
     found = effect_correlation(
         model,

@@ -45,10 +45,7 @@ def result_table(metrics: dict[str, Any], cost: dict[str, Any]) -> pd.DataFrame:
     rows = [_metric_row(metrics, name, scope) for name, scope in measured]
     rows += _broken_rows(metrics)
     rows += _cost_rows(metrics, cost)
-    if metrics["effect"] is not None:
-        effect = metrics["effect"]
-        label = f"predicted against measured effect, Pearson r (n = {effect['count']})"
-        rows.append([label, DASH, f"{effect['pearson_r']:.3f}", DASH])
+    rows += _effect_rows(metrics["effect"] or {})
     return pd.DataFrame(rows, columns=["", "before", "after", "change"])
 
 
@@ -204,6 +201,20 @@ def _broken_rows(metrics: dict[str, Any]) -> list[list[str]]:
         broken, count = (sum(images[key] for images in made) for key in ("broken", "count"))
         cells.append(f"{broken} of {count}" if made else DASH)
     return [["broken images (not finite, saved as black) ↓", *cells, DASH]]
+
+
+def _effect_rows(effect: dict[str, Any]) -> list[list[str]]:
+    rows = []
+    if "count" in effect:
+        label = f"predicted against measured effect, Pearson r (n = {effect['count']})"
+        rows.append([label, DASH, f"{effect['pearson_r']:.3f}", DASH])
+    if "seeds" in effect:
+        before, predicted, measured = (effect[key] for key in ("unedited", "predicted", "measured"))
+        label = f"J on fresh noise (predicted change {predicted:+.4g})"
+        rows.append([label, f"{before:.4g}", f"{before + measured:.4g}", f"{measured:+.4g}"])
+        label = f"weights in common with other seeds' choice, % (n = {effect['seeds']})"
+        rows.append([label, DASH, f"{100 * effect['overlap']:.1f}", DASH])
+    return rows
 
 
 def _cost_rows(metrics: dict[str, Any], cost: dict[str, Any]) -> list[list[str]]:

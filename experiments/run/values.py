@@ -33,8 +33,9 @@ def scalars(folder: Path) -> dict[str, float]:
         found |= {key: row["value"], f"{key}_low": row["low"], f"{key}_high": row["high"]}
     found |= {f"cost/{key}": cost[key] for key in ("seconds", "peak_memory_mb")}
     found["edit/num_weights"] = metrics["edit"]["num_weights"]
-    if metrics["effect"] is not None:
-        found["effect/pearson_r"] = metrics["effect"]["pearson_r"]
+    effect = metrics["effect"] or {}
+    told = ("pearson_r", "unedited", "predicted", "measured", "overlap")
+    found |= {f"effect/{key}": effect[key] for key in told if key in effect}
     return found
 
 

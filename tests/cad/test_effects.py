@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +11,10 @@ from linear_toy import LinearObjective, LinearToyModel
 from scipy.stats import pearsonr
 
 from cad.attribution import Attribution
+from cad.edits import CADErase
 from cad.effects import (
     RecordedObjective,
+    chosen_effect,
     effect_correlation,
     measure_effect,
     pearson_r,
@@ -20,7 +24,8 @@ from cad.effects import (
 from cad.errors import UserError
 from cad.identity import parameter_digest
 from cad.objectives import EraseObjective
-from cad.weight_edit import Scale, WeightEdit, Zero
+from cad.selection import Selection
+from cad.weight_edit import Replace, Scale, WeightEdit, Zero
 
 SETTINGS = Attribution(steps=2, samples=2)
 
@@ -64,6 +69,37 @@ def test_measured_effects_weigh_timesteps_as_the_scores_do(tiny_model, parachute
     assert predict_effect(scores, indices, 1.001) == pytest.approx(measured, rel=0.05)
     plain = RecordedObjective(tiny_model, EraseObjective(parachute), SETTINGS)
     assert recorded.unedited < 0.9 * plain.unedited
+
+
+class LinearErase(CADErase):
+    def objective(self, concept):
+        return LinearObjective(concept)
+
+
+def test_the_effect_of_a_choice_is_predicted_exactly_on_a_linear_model(parachute):
+    model, method = LinearToyModel(), LinearErase(SETTINGS, Selection(0.25, "layer"))
+    edit = method(model, parachute)
+    found = chosen_effect(model, method, parachute, edit, seeds=2)
+    assert found.predicted == found.measured < 0
+    assert found.unedited > 0
+    assert found.overlap == 1.0  # J has no noise
+    replaced = WeightEdit({"weight": Replace(model.denoiser.weight * 0)}, edit.provenance)
+    with pytest.raises(UserError, match=r"effect.seeds=2: edit=erase replaces weights"):
+        chosen_effect(model, method, parachute, replaced, seeds=2)
+
+
+def test_a_choice_on_fresh_noise(tiny_model, parachute):
+    method = CADErase(SETTINGS, Selection(0.02, "layer"))
+    edit = method(tiny_model, parachute)
+    found = chosen_effect(tiny_model, method, parachute, edit, seeds=1)
+    assert found.predicted < 0 != found.measured
+    assert 0 < found.overlap < 1
+    other = CADErase(replace(SETTINGS, seed=1), method.selection)(tiny_model, parachute)
+    chosen = [
+        {(name, i) for name, change in each.changes.items() for i in change.tensor.tolist()}
+        for each in (edit, other)
+    ]
+    assert found.overlap == len(chosen[0] & chosen[1]) / len(chosen[0] | chosen[1])
 
 
 def test_random_components_are_distinct_and_uniform_over_all_weights():

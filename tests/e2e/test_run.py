@@ -24,7 +24,7 @@ DETERMINISTIC = ("edit.safetensors", "records.jsonl", "metrics.json", "before_af
 TIMEOUT = 170  # seconds
 HYDRA_NOISE = ("Traceback", "Error in call to target", "Error executing job", "full_key")
 RATIOS = ("0.01", "0.02", "0.05")
-EFFECT = ("effect.count=3", "effect.share=0.01")
+EFFECT = ("effect.count=3", "effect.share=0.01", "effect.seeds=1")
 Finished = tuple[Path, subprocess.CompletedProcess[str]]
 
 
@@ -65,7 +65,7 @@ def fingerprint(results: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def finished(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """A run that nothing disturbed, in a process of its own, with the correlation of Figure 2."""
+    """A run that nothing disturbed, in a process of its own, and that checks its scores."""
     results = tmp_path_factory.mktemp("results")
     command = [sys.executable, "run.py", *small(weights, results, *EFFECT)]
     environment = os.environ | programs.QUIET
@@ -79,7 +79,8 @@ def test_a_run_ends_with_table_picture_and_folder(finished: Finished) -> None:
     assert process.returncode == 0, process.stderr
     for words in ("accuracy on parachute", "the 10 others", "editing time", "resident growth"):
         assert words in process.stdout
-    assert "Pearson r" in process.stdout
+    for words in ("Pearson r", "J on fresh noise (predicted change -", "other seeds' choice, %"):
+        assert words in process.stdout
     (folder,) = (results / "runs").glob("mini-parachute-erase-*")
     others = {"cost.json", "config.yaml", "environment.json", "effects.csv", "manifest.json"}
     assert {file.name for file in folder.iterdir()} == {*DETERMINISTIC, *others, "table.md"}

@@ -54,6 +54,8 @@ def tiny(weights: Path, tmp_path: Path) -> tuple[str, ...]:
         "concept=[parachute,church]",
         "edit=rescale",
         "effect.count=3",
+        "effect.seeds=1",
+        "edit.attribution.stage=late",
         "evaluator=[face]",
         "model.sampler.steps=3",
         "model.adapter.resolution=128",

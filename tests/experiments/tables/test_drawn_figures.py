@@ -11,10 +11,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 from tables_fixture import composed_figure, finished_run, row
 
+from cad.attribution import FORMAT
 from cad.errors import UserError
+from cad.store import Store, write_tensors
+from cad.weight_edit import WeightEdit
 from evaluation.evaluators.base import Metric
 from experiments.run.curves import save
 from experiments.run.rendering import tidy
@@ -27,6 +31,7 @@ from experiments.tables.figures.faithfulness import draw_faithfulness
 from experiments.tables.figures.grid import draw_grid
 from experiments.tables.figures.ratios import draw_curves, mean_over_concepts
 from experiments.tables.figures.robustness import draw_robustness, harmonic
+from experiments.tables.figures.stages import draw_stages
 
 STATES = {"before": (95.0, 76.4, 99.1), "after": (5.0, 0.9, 23.6)}
 GROUPS = ("church", "tench")
@@ -75,7 +80,8 @@ def test_effects_are_points_with_their_correlation(tmp_path: Path) -> None:
     assert len(drawing.data) == 4
 
 
-def test_faithfulness_is_the_area_over_the_logarithm_of_the_share(tmp_path: Path) -> None:
+def scored_runs(tmp_path: Path, *, with_effects: bool = False) -> list[ListedRun]:
+    """Runs of two concepts at three shares by two kinds of scores."""
     heights = {  # (class, others) at each share, by scores
         "erase": {0.01: (80, 90), 0.1: (20, 80), 1.0: (0, 40)},
         "random": {0.01: (90, 90), 0.1: (90, 80), 1.0: (50, 40)},
@@ -92,9 +98,16 @@ def test_faithfulness_is_the_area_over_the_logarithm_of_the_share(tmp_path: Path
             rows += [{**each, "state": "before", "value": 95} for each in rows]
             place = {"scores": scores, "concept": concept}
             name = f"{concept}-{scores}-{ratio}"
-            runs.append(
-                finished_run(tmp_path, name, rows, place=place, concept=concept, ratio=ratio)
-            )
+            effect = {"seeds": 2, "unedited": 4.0, "predicted": -8.0 * ratio, "overlap": 0.5}
+            effect["measured"] = -4.0 * ratio if ratio == 1.0 else -8.0 * ratio
+            given = {"place": place, "concept": concept, "ratio": ratio}
+            given |= {"effect": effect} if with_effects and scores == "erase" else {}
+            runs.append(finished_run(tmp_path, name, rows, **given))
+    return runs
+
+
+def test_faithfulness_is_the_area_over_the_logarithm_of_the_share(tmp_path: Path) -> None:
+    runs = scored_runs(tmp_path)
     drawing = draw_faithfulness(runs)
     assert drawing.table is not None
     assert drawing.table.to_numpy().tolist() == [
@@ -109,6 +122,51 @@ def test_faithfulness_is_the_area_over_the_logarithm_of_the_share(tmp_path: Path
     figure.drawing = {"_target_": "experiments.tables.figures.faithfulness.draw_faithfulness"}
     markdown = render_figure(figure, runs).files["md"].decode()
     assert re.search(r"\| CAD-Erase +\| 30\.0 \[30\.0, 30\.0\] +\| 72\.5", markdown)
+
+
+def test_faithfulness_has_predicted_effects_and_overlaps_too(tmp_path: Path) -> None:
+    runs = scored_runs(tmp_path, with_effects=True)
+    drawing = draw_faithfulness(runs)
+    assert drawing.table is not None
+    assert [list(row)[-2:] for row in drawing.table.to_numpy()] == [
+        ["100 to 50", "50 to 50"],
+        2 * ["–"],
+    ]
+    predicted, measured = drawing.canvas.axes[2].lines
+    np.testing.assert_allclose(predicted.get_ydata(), [-2, -20, -200])
+    np.testing.assert_allclose(measured.get_ydata(), [-2, -20, -100])
+    own = drawing.data[drawing.data["scores"] == "erase"]
+    assert own["overlap"].eq(50).all()
+    assert save(draw_faithfulness(runs).canvas) == save(draw_faithfulness(runs).canvas)
+
+
+def test_places_and_stages_are_shares_of_stored_scores(tmp_path: Path) -> None:
+    store, runs = Store(tmp_path / "scores"), []
+    up = "up_blocks.1.attentions.0.transformer_blocks.0.ff.net.2.weight"
+    for stage, (first, second) in {"early": (6, 2), "middle": (2, -3), "late": (0, -1)}.items():
+        place_ = {"concept": "church", "stage": stage}
+        runs.append(finished_run(tmp_path / "runs", stage, [], place=place_))
+        key = {"version": 2, "model": {"id": "x"}, "objective": {}, "attribution": {"stage": stage}}
+        key |= {"device": "cpu", "versions": {}}
+        scores = {"mid_block.resnets.0.conv1.weight": torch.tensor([[float(first)]])}
+        write_tensors(store.path(key), scores | {up: torch.tensor([[second, 0.0]])}, {}, FORMAT)
+        settings = {"attribution": {"version": 2, "stage": stage}, "objectives": [{}]}
+        told = {"settings": settings, "model": {"id": "x"}, "device": "cpu", "versions": {}}
+        WeightEdit({}, told).save(runs[-1].folder / "edit.safetensors")
+        (runs[-1].folder / "config.yaml").write_text("paths: {scores: /x/scores, runs: /x/runs}")
+    drawing = draw_stages(runs)
+    assert drawing.table is not None
+    assert drawing.table.to_numpy().tolist() == [
+        ["mid conv1", "33.3", "60.0", "20.0", "0.0", "0.0", "0.0", "0.0"],
+        ["up 1 ff.net.2", "66.7", "20.0", "0.0", "0.0", "0.0", "75.0", "25.0"],
+    ]
+    assert list(drawing.table.columns[:3]) == ["place", "of the weights, %", "positive, early, %"]
+    assert drawing.data.groupby("sign")["share"].sum().tolist() == [100, 100]
+    with pytest.raises(UserError, match="no concept has the scores of all stages"):
+        draw_stages(runs[:2])
+    store.path(key).unlink()
+    with pytest.raises(UserError, match=r"the scores .* are gone"):
+        draw_stages(runs)
 
 
 def test_places_of_components_are_shares(tmp_path: Path) -> None:
