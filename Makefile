@@ -12,7 +12,7 @@ BENCHES ?= estimators generation
 SMALL   := $(if $(filter random-small,$(WEIGHTS)),device=cpu model.adapter.resolution=64)
 
 TABLES := $(addprefix table,1 2 3 4 5 6 7 8 9 10 11 12 13 14)
-FIGURES := $(addprefix figure,2 3 4 5 6 7 8 9 10 11 12) components faithfulness robustness
+FIGURES := $(addprefix figure,2 3 4 5 6 7 8 9 10 11 12) components stages faithfulness robustness
 OPTIONS = $(if $(MODEL),model=$(MODEL)) \
 	$(if $(filter-out 0 false,$(FAST)),making.fast=true) \
 	$(if $(filter-out 0 false,$(DRY)),making.dry=true) \
@@ -25,7 +25,7 @@ RUN = $(BIN)/python run.py
 export PYTHONDONTWRITEBYTECODE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run tables figures status report docs $(TABLES) $(FIGURES) bench bench-full test check check-ray check-oldest lint types format miniature clean
+.PHONY: help run tables figures ratios status report docs $(TABLES) $(FIGURES) bench bench-full test check check-ray check-oldest lint types format miniature clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,11 +39,14 @@ tables: $(READY) ## the paper's tables, or one: make table7 MODEL=mini; also FAS
 $(TABLES): $(READY)
 	$(RUN) table=$(shell printf 'table%02d' $(@:table%=%)) $(OPTIONS)
 
-figures: $(READY) ## its figures, or one: make figure2 to figure12, components (where a concept sits), faithfulness (what scores are worth), robustness (what brings a concept back)
+figures: $(READY) ## its figures, or one: make figure2 to figure12, components (where a concept sits), stages (and when), faithfulness (what scores are worth), robustness (what brings a concept back)
 	$(RUN) figure=all $(OPTIONS)
 
 $(FIGURES): $(READY)
 	$(RUN) figure=$@ $(OPTIONS)
+
+ratios: $(READY) ## the ratio of every concept and edit, chosen from pictures; MODEL=mini DRY=1 ARGS="edits=[erase] concepts=[church] n=50 write=true"
+	$(BIN)/python -m experiments.tables.choose_ratios $(if $(MODEL),model=$(MODEL)) $(if $(filter-out 0 false,$(DRY)),dry=true) $(ARGS)
 
 status: $(READY) ## of all tables and figures: runs done and missing; MODEL=mini
 	$(BIN)/python -m experiments.tables.status $(if $(MODEL),model=$(MODEL)) $(if $(filter-out 0 false,$(FAST)),fast=true) $(ARGS)
