@@ -22,11 +22,6 @@ from torch import Tensor, nn
 HASH_LENGTH = 12  # hexadecimal digits of names that people read
 LIBRARIES = ("torch", "diffusers", "transformers", "pillow")  # all that numbers or pixels pass
 _IMMATERIAL = "immaterial"
-UNSAID = {"unsaid": True}
-"""Metadata of a dataclass field that is told only where it is not the default.
-
-So a setting can be added to a part, and what was made without it is found as before.
-"""
 
 
 def immaterial(default: Any = MISSING) -> Any:
@@ -37,7 +32,7 @@ def immaterial(default: Any = MISSING) -> Any:
 class Identified:
     """A part of an experiment that says what its output depends on.
 
-    Dataclasses answer with their fields but for those declared `immaterial`; other classes
+    Dataclasses answer with their fields, those declared `immaterial` left out; other classes
     override `settings`. `version` is raised when equal settings give another output; `libraries`
     are the packages whose versions can change it, beside those of every computation.
     """
@@ -65,16 +60,11 @@ class Identified:
 
 
 def material(part: Any) -> dict[str, Any]:
-    """The fields of a dataclass as JSON data, without `immaterial` ones and UNSAID defaults."""
+    """The fields of a dataclass that are not `immaterial`, as JSON data."""
     if not is_dataclass(part):
         raise NotImplementedError(f"{type(part).__name__} does not say its settings")
-    found = {}
-    for each in fields(part):
-        value = getattr(part, each.name)
-        silent = each.metadata == UNSAID and value == each.default
-        if not silent and _IMMATERIAL not in each.metadata:
-            found[each.name] = answer(value)
-    return found
+    counted = [each.name for each in fields(part) if not each.metadata.get(_IMMATERIAL, False)]
+    return {name: answer(getattr(part, name)) for name in counted}
 
 
 def answer(value: Any) -> Any:

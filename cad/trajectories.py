@@ -14,14 +14,13 @@ States and noise stay what they are, so J, and the scores, of all are the sum of
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from cad.checks import check, finite, one_of, optional, seed, share, steps, whole
 from cad.errors import UserError
-from cad.identity import UNSAID
 from cad.models.base import DiffusionModel
 from cad.models.conditioning import Conditioning
 from cad.sampling import draw_noise, guide, make_generators, walk
@@ -45,7 +44,7 @@ class NoisePlan:
     guidance: float = 3.0  # classifier-free guidance on the way to x_t
     eta: float | None = 1.0  # fresh noise per DDIM step, 0 to 1; None: 1 if the sampler can, else 0
     trajectory: str = "shared"  # one of TRAJECTORIES
-    stage: str = field(default=ALL, metadata=UNSAID)  # timesteps that count: ALL, or of STAGES
+    stage: str = ALL  # which timesteps count: ALL, or those of one of STAGES
     seed: int = 0
     batch_size: int = 16  # samples evaluated at once
 

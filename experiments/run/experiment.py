@@ -110,8 +110,7 @@ class Experiment:
             "attacks": None if self.attacks is None else self.attacks.identity(),
             "seed": self.cfg.seed,
             "limit": self.cfg.limit,
-            "effect": [effect.count, effect.share] if effect.count else None,
-            **({"effect_seeds": effect.seeds} if effect.seeds else {}),
+            "effect": [*effect.values()] if effect.count or effect.seeds else None,
             "runtime": describe_runtime(self.cfg.device),
         }
 

@@ -186,13 +186,6 @@ def test_the_scores_of_all_timesteps_are_the_sum_of_the_stages(
     assert not any(torch.allclose(each[name], whole[name], rtol=0.01) for each in scores)
 
 
-def test_a_stage_is_part_of_the_identity_and_all_is_unsaid():
-    plain = SETTINGS.settings()
-    assert "stage" not in plain
-    told = {replace(SETTINGS, stage=stage).settings()["stage"] for stage in STAGES}
-    assert told == set(STAGES)
-
-
 def test_gradients_are_given_back_after_an_exception(tiny_model):
     weights = component_weights(tiny_model, "ff")
     with pytest.raises(ZeroDivisionError), summed_gradients(weights, torch.device("cpu")):
