@@ -17,6 +17,7 @@ from torch import Tensor
 from cad import attribution as scoring
 from cad.attribution import Attribution
 from cad.concepts import Concept
+from cad.contrast import CADContrast, CADContrastAmplify
 from cad.edits import CADAmplify, CADErase
 from cad.models.adapters import adapt
 from cad.objectives import AmplifyObjective, EraseObjective, Objective
@@ -26,6 +27,9 @@ from cad.store import Store
 from cad.weight_edit import WeightEdit
 
 RATIO = 0.001  # of each row; paper Sec. 6
+
+Concepts = str | Concept | Sequence[str | Concept]
+"""One or several, by their names in prompts or as they are."""
 
 
 def attribute(
@@ -54,8 +58,9 @@ def attribute(
 
 def erase(
     pipeline: Any,
-    concept: str | Concept | Sequence[str | Concept],
+    concept: Concepts,
     *,
+    keep: Concepts = (),
     ratio: float = RATIO,
     per: str = "row",
     store: Path | str | None = None,
@@ -64,16 +69,22 @@ def erase(
     """CAD-Erase (Algorithm 1): the edit that zeroes what promotes a concept, or several, most.
 
     `ratio`: the share of each `per` ("row" | "layer" | "model") that is zeroed at most;
-    `settings` as for `attribute`. Raises UserError for what cannot work.
+    `settings` as for `attribute`. `keep`: concepts to spare, each of which is attributed too; their
+    mean share of positive scores is taken off before anything is chosen (`cad.contrast`, not in the
+    paper), so a larger ratio is needed to erase as much. Raises UserError for what cannot work.
     """
-    method = CADErase(Attribution(**settings), Selection(ratio, per), store=_store(store))
+    given = (Attribution(**settings), Selection(ratio, per))
+    kept, scores = [each.prompt for each in _concepts(keep)], _store(store)
+    plain = CADErase(*given, store=scores)
+    method = CADContrast(*given, preserve=kept, store=scores) if kept else plain
     return method(adapt(pipeline), *_concepts(concept))
 
 
 def amplify(
     pipeline: Any,
-    concept: str | Concept | Sequence[str | Concept],
+    concept: Concepts,
     *,
+    keep: Concepts = (),
     ratio: float = RATIO,
     per: str = "row",
     references: References | None = None,
@@ -86,7 +97,10 @@ def amplify(
     """
     attribution = Attribution(**settings)
     images = references or GeneratedImages(seed=attribution.seed)
-    method = CADAmplify(attribution, Selection(ratio, per), images, store=_store(store))
+    given = (attribution, Selection(ratio, per), images)
+    kept, scores = [each.prompt for each in _concepts(keep)], _store(store)
+    plain = CADAmplify(*given, store=scores)
+    method = CADContrastAmplify(*given, preserve=kept, store=scores) if kept else plain
     return method(adapt(pipeline), *_concepts(concept))
 
 
@@ -95,7 +109,7 @@ def load(path: Path | str) -> WeightEdit:
     return WeightEdit.load(path)
 
 
-def _concepts(given: str | Concept | Sequence[str | Concept]) -> list[Concept]:
+def _concepts(given: Concepts) -> list[Concept]:
     several = [given] if isinstance(given, str | Concept) else given
     return [_concept(each) for each in several]
 

@@ -13,12 +13,15 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 import cad
+from cad.attribution import Attribution
+from cad.contrast import CADContrast
 from cad.errors import UserError
 from cad.export import main
 from cad.identity import parameter_digest
 from cad.models.adapters import adapt
 from cad.places import REPOSITORY
 from cad.references import GeneratedImages
+from cad.selection import Selection
 from cad.weight_edit import Replace, WeightEdit, Zero
 
 FEW = {"steps": 2, "samples": 1}
@@ -75,6 +78,31 @@ def test_several_concepts_and_amplifying(pipeline):
     few = {"steps": 1, "samples": 1, "references": drawn}
     amplified = cad.amplify(pipeline, "golf ball", ratio=0.05, **few)
     assert amplified.provenance["edit"] == "amplify"
+
+
+def test_what_is_to_be_kept_is_spared(pipeline, edit, tmp_path):
+    given = (Attribution(**FEW), Selection(0.1))
+    cad.attribute(pipeline, "castle", store=tmp_path, **FEW)
+    kept = cad.erase(
+        pipeline, "church", keep=["castle", "a lake"], ratio=0.1, store=tmp_path, **FEW
+    )
+    contrast = CADContrast(*given, preserve=["castle", "a lake"])
+    church = cad.Concept(name="church", kind="object", text="church", prompt="church")
+    assert kept.fingerprint == contrast(adapt(pipeline), church).fingerprint != edit.fingerprint
+    assert len(list(tmp_path.glob("*.safetensors"))) == 3  # the castle's scores served both
+    castle = cad.attribute(pipeline, "castle", store=tmp_path, **FEW)
+    lost = [
+        sum(float(castle[name].flatten()[each.tensor].sum()) for name, each in made.changes.items())
+        for made in (kept, edit)
+    ]
+    assert lost[0] < lost[1]
+
+    drawn = GeneratedImages(count=1, steps=1)
+    few = {"steps": 1, "samples": 1, "references": drawn}
+    amplified = cad.amplify(pipeline, "church", keep="castle", ratio=0.05, **few)
+    assert amplified.provenance["edit"] == "contrast_amplify"
+    with pytest.raises(UserError, match="keeps nothing beside what is edited"):
+        cad.erase(pipeline, "church", keep="church")
 
 
 def test_what_cannot_be_adapted_is_refused():
@@ -167,5 +195,6 @@ def test_the_documented_lines_run_on_the_miniature(tmp_path, monkeypatch):
     lines = lines.replace('of a parachute")', 'of a parachute", num_inference_steps=1)')
     (tmp_path / "experiments").symlink_to(REPOSITORY / "experiments")
     monkeypatch.chdir(tmp_path)
-    exec(lines)
+    exec(lines, found := {})
+    assert found["sparing"].provenance["edit"] == "contrast"
     assert cad.load("parachute.safetensors").num_weights > 0
