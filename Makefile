@@ -18,6 +18,7 @@ OPTIONS = $(if $(MODEL),model=$(MODEL)) \
 	$(if $(filter-out 0 false,$(DRY)),making.dry=true) \
 	$(if $(FILTER),'making.filter="$(FILTER)"') \
 	$(if $(METHODS),'making.methods="$(METHODS)"') \
+	$(if $(SEEDS),making.seeds=[$(SEEDS)]) \
 	$(if $(LAUNCHER),hydra/launcher=$(LAUNCHER)) \
 	$(OVERRIDES) $(ARGS)
 RUN = $(BIN)/python run.py
@@ -33,7 +34,7 @@ help: ## this list
 run: $(READY) ## erase "parachute" from the miniature and show the proof; ARGS="concept=church edit=amplify"
 	$(RUN) $(ARGS)
 
-tables: $(READY) ## the paper's tables, or one: make table7 MODEL=mini; also FAST=1 DRY=1 LAUNCHER=slurm METHODS=+mine FILTER="concept=church edit=uce"
+tables: $(READY) ## the paper's tables, or one: make table7 MODEL=mini; also FAST=1 DRY=1 SEEDS=0,1,2 LAUNCHER=slurm METHODS=+mine FILTER="concept=church edit=uce"
 	$(RUN) table=all $(OPTIONS)
 
 $(TABLES): $(READY)

@@ -152,9 +152,14 @@ def find_metric(
 
 
 def format_interval(row: dict[str, Any] | None) -> str:
-    """Value and 95 % interval in the metric's unit, "95.0 [76.4, 99.1]", or a dash."""
+    """Value and 95 % interval in the metric's unit, "95.0 [76.4, 99.1]", or a dash.
+
+    Of several seeds "95.0 ± 2.1", with the standard deviation.
+    """
     if row is None:
         return DASH
+    if "deviation" in row:
+        return f"{row['value']:.{row['decimals']}f} ± {row['deviation']:.{row['decimals']}f}"
     value, low, high = (f"{row[key]:.{row['decimals']}f}" for key in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"
 

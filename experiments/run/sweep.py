@@ -2,16 +2,19 @@
 
 Every job leaves `result.json` in its own folder of the multirun: the result's folder, or the
 message it failed with. So the summary needs nothing of the jobs' processes, and is made of what
-finished also where a job failed. Files: sweep.csv, table.md; plot.png, .pdf and .svg where some
-configuration was run at two ratios or more; edits.png, .pdf and .svg where a concept was edited by
-two methods or more; CONCEPT.png, the pictures of runs on the same images side by side.
+finished also where a job failed. Files: sweep.csv, of every run; table.md, in which runs that
+differ in their seeds alone are one row; plot.png, .pdf and .svg where some configuration was run at
+two ratios or more; edits.png, .pdf and .svg where a concept was edited by two methods or more;
+CONCEPT.png, the pictures of runs on the same images side by side.
 """
 
 from __future__ import annotations
 
 import logging
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -23,7 +26,9 @@ from experiments.run.rendering import (
     compare_runs,
     display,
     display_words,
+    find_metric,
     join_concepts,
+    run_settings,
     show_table,
     tidy,
     to_markdown,
@@ -51,8 +56,11 @@ def summarise(folder: Path) -> bool:
     if results:
         frame = pd.concat([tidy(result) for result in results], ignore_index=True)
         write_atomically(folder / "sweep.csv", frame.to_csv(index=False).encode())
-        table, common = compare_runs([read_json(each / "metrics.json") for each in results])
+        rows = over_seeds([read_json(each / "metrics.json") for each in results])
+        table, common = compare_runs(rows)
         caption = f"{len(results)} run{'s' if len(results) > 1 else ''}: {common}"
+        if len(rows) < len(results):
+            caption += "; mean ± standard deviation over seeds"
         write_atomically(folder / "table.md", f"{caption}\n\n{to_markdown(table)}".encode())
         show_table(table.map(lambda cell: cell.replace(" [", "\n[")), caption)
         _draw(frame, folder)
@@ -61,6 +69,36 @@ def summarise(folder: Path) -> bool:
             logger.info("side by side: %s", folder / f"{name}.png")
         logger.info("sweep folder: %s", folder)
     return all(link["error"] is None for link in links.values())
+
+
+def over_seeds(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The results' metrics.json, those that differ in their seeds alone as one, with their means.
+
+    Runs that differ in what a row does not tell, so that a seed stands there twice, stay apart.
+    """
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for each in results:
+        settings = run_settings(each) | {"seed": None}
+        groups.setdefault(tuple(settings.values()), []).append(each)
+    apart = [len({each["seed"] for each in group}) < len(group) for group in groups.values()]
+    if any(apart) or len(groups) == len(results):
+        return list(results)
+    return [_mean(group) for group in groups.values()]
+
+
+def _mean(group: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One metrics.json of several; a deviation beside each value that all of them have."""
+    if len(group) == 1:
+        return group[0]
+    rows = []
+    for row in group[0]["metrics"]:
+        place = (row["name"], row["scope"], row["state"])
+        values = [same["value"] for each in group if (same := find_metric(each, *place))]
+        if row["scope"] != "group" and len(values) == len(group):
+            rows.append(
+                row | {"value": statistics.fmean(values), "deviation": statistics.stdev(values)}
+            )
+    return group[0] | {"seed": ", ".join(str(each["seed"]) for each in group), "metrics": rows}
 
 
 def _draw(frame: pd.DataFrame, folder: Path) -> None:

@@ -8,6 +8,7 @@ prompts and seeds; elsewhere the 95 % intervals must be disjoint, which is stric
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
@@ -28,6 +29,7 @@ from experiments.tables.exhibit import (
     EDIT,
     METRIC,
     MODEL,
+    SEED,
     Better,
     ListedRun,
     Place,
@@ -62,9 +64,10 @@ class Cell:
     value: Metric | None
     paper: str | None  # as printed
     comparable: bool  # the paper's model, which the published value is of
-    run: ListedRun | None  # None of an average
+    run: ListedRun | None  # None of an average; of several seeds one that is missing, if any is
     judged: Judged = field(default_factory=dict)  # what the value is the share of, if it is one
     best: bool = False
+    deviation: float | None = None  # the standard deviation over seeds
 
     @property
     def has_interval(self) -> bool:
@@ -81,8 +84,10 @@ class Cell:
         """The cell as a line of the tidy CSV."""
         value = {} if self.value is None else asdict(self.value)
         result = None if self.run is None or self.value is None else self.run.folder.name
+        found = {key: value.get(key) for key in IN_CSV}
+        found |= {} if self.deviation is None else {"deviation": self.deviation}
         told = {"paper": self.paper, "excludes_paper": self.excludes_paper, "best": self.best}
-        return {**self.place, **{key: value.get(key) for key in IN_CSV}, **told, "result": result}
+        return {**self.place, **found, **told, "result": result}
 
 
 def read_published(path: Path) -> Published:
@@ -96,7 +101,7 @@ def read_published(path: Path) -> Published:
 
 
 def build_cells(table: Table, runs: Sequence[ListedRun], published: Published) -> list[Cell]:
-    """All cells of a table, run by run; averages last."""
+    """All cells of a table, run by run, seeds taken together; averages last."""
     cells = []
     for run in runs:
         reader = None if run.result is None else ResultReader(run.result)
@@ -106,13 +111,12 @@ def build_cells(table: Table, runs: Sequence[ListedRun], published: Published) -
             if reader is not None and table.compare is not None and shown.best:
                 cells[-1].judged = reader.judged(shown)
     if table.average is not None:
-        for group in _rivals(cells, table.average):
-            values = [cell.value for cell in group if cell.value is not None]
-            mean = mean_of_groups(values) if len(values) == len(group) else None  # of all or none
-            place = {**group[0].place, table.average: AVERAGE}
-            cells.append(_cell(table, place, mean, published, None))
-            each = ((cell.place[table.average], cell.judged) for cell in group)
-            cells[-1].judged = {(at, *key): v for at, judged in each for key, v in judged.items()}
+        cells += [
+            _mean(table, group, table.average, {table.average: AVERAGE}, published)
+            for group in _rivals(cells, table.average)
+        ]
+    if SEED in table.axes:
+        cells = [_over_seeds(table, group, published) for group in _rivals(cells, SEED)]
     if table.compare is not None:
         for group in _rivals(cells, table.compare):
             _mark_best(group)
@@ -183,6 +187,28 @@ def _cell(
     keys = {key: stands_for[axis] for key, axis in table.paper.items()} | shown.paper
     printed = published.get(frozenset(keys.items())) or None
     return Cell(place, shown, value, printed, place[MODEL] in table.paper_models, run)
+
+
+def _mean(
+    table: Table, group: Sequence[Cell], axis: str, there: Place, published: Published
+) -> Cell:
+    """The mean of cells that differ in this axis alone, of all or none; `there` is its place."""
+    values = [cell.value for cell in group if cell.value is not None]
+    mean = mean_of_groups(values) if len(values) == len(group) else None
+    place = {key: value for key, value in group[0].place.items() if key != axis} | dict(there)
+    cell = _cell(table, place, mean, published, None)
+    each = ((cell.place[axis], cell.judged) for cell in group)
+    cell.judged = {(at, *key): v for at, judged in each for key, v in judged.items()}
+    return cell
+
+
+def _over_seeds(table: Table, group: Sequence[Cell], published: Published) -> Cell:
+    """The mean over seeds with its standard deviation, that of a sample."""
+    cell = _mean(table, group, SEED, {}, published)
+    cell.run = next((each.run for each in group if each.run and each.run.is_missing), None)
+    if cell.value is not None:
+        cell.deviation = statistics.stdev(each.value.value for each in group if each.value)
+    return cell
 
 
 def _rivals(cells: Sequence[Cell], axis: str) -> list[list[Cell]]:

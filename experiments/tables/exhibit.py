@@ -21,6 +21,7 @@ from cad.errors import UserError
 
 MINIATURE = "mini"
 MODEL, EDIT = "model", "edit"  # axes; every exhibit has the first
+SEED = "seed"  # an axis that no file has, nor a layout: cells are means over it (`with_seeds`)
 METRIC = "metric"  # a table's axis beside those of its runs: what a cell shows of its run
 COST = "cost"  # `of` a metric: what making the edit took
 AVERAGE = "average"
@@ -216,6 +217,21 @@ def with_methods(exhibit: Exhibit, text: str) -> Exhibit:
     names = text.removeprefix("+").split(",")
     chosen = {name: known.get(name, [f"{EDIT}={name}"]) for name in names}
     return replace(exhibit, axes=exhibit.axes | {EDIT: kept | chosen})
+
+
+def with_seeds(exhibit: Exhibit, seeds: Sequence[int]) -> Exhibit:
+    """The table with every run at each of the seeds; without any, the exhibit as it is.
+
+    Raises UserError for a figure, and for a single seed, which has no deviation.
+    """
+    if not seeds:
+        return exhibit
+    if not isinstance(exhibit, Table) or len(set(seeds)) < 2:
+        raise UserError(
+            f"making.seeds={list(seeds)} of {exhibit.called}: a table has the means of two seeds "
+            "or more; a single one, and a figure's, is seed=N"
+        )
+    return replace(exhibit, axes=exhibit.axes | {SEED: {str(n): [f"{SEED}={n}"] for n in seeds}})
 
 
 def _models(file: Mapping[str, Any], model: str | None, fast: bool) -> list[str]:

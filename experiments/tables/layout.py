@@ -1,7 +1,7 @@
 """A table's cells as markdown, LaTeX (booktabs) and CSV, of one layout.
 
-Cells are laid out once, as markdown. LaTeX has their values alone, other signs for what is bold
-and for arrows, and where they come from in a comment.
+Cells are laid out once, as markdown. LaTeX has their values and deviations alone, other signs for
+what is bold and for arrows, and where they come from in a comment.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from experiments.tables.pages import render
 from experiments.tables.publishing import Rendering
 
 PUBLISHED = REPOSITORY / "results" / "paper"
+BARE = re.compile(r" [\[(].*")  # what of a cell's text is not in LaTeX
 RESERVED = re.compile(r"([%&_#$])")
 BOLD = re.compile(r"\*\*(.+?)\*\*")
 IN_LATEX = str.maketrans(
     {
         "↓": r"$\downarrow$",
         "↑": r"$\uparrow$",
+        "±": r"$\pm$",
         "–": "--",
         "<": r"$<$",
         ">": r"$>$",
@@ -67,12 +69,14 @@ def lay_out(table: Table, cells: Iterable[Cell]) -> pd.DataFrame:
 
 
 def cell_text(cell: Cell) -> str:
-    """ "**5.0** [0.9, 23.6] (0.40)†": the value, its interval, the paper's value, the mark."""
+    """ "**5.0** ± 1.2 [0.9, 23.6] (0.40)†": value, deviation, interval, paper's value, mark."""
     words = [DASH]
     if cell.value is not None:
         ends = (cell.value.value, cell.value.low, cell.value.high)
         value, low, high = (f"{each:.{cell.shown.decimals}f}" for each in ends)
         words = [f"**{value}**" if cell.best else value]
+        if cell.deviation is not None:
+            words.append(f"± {cell.deviation:.{cell.shown.decimals}f}")
         words += [f"[{low}, {high}]"] if cell.has_interval else []
     if cell.paper is not None:
         words.append(f"({cell.paper}){MARK if cell.excludes_paper else ''}")
@@ -116,8 +120,8 @@ def _markdown(frame: pd.DataFrame, title: str, notes: Sequence[str]) -> str:
 
 
 def _latex(frame: pd.DataFrame, table: Table, notes: Sequence[str]) -> str:
-    """The values alone, a block of rows for each metric, at most as wide as a column of text."""
-    bare = frame.map(lambda text: str(text).partition(" ")[0])
+    """Values and deviations, a block of rows for each metric, at most as wide as a text column."""
+    bare = frame.map(partial(BARE.sub, ""))
     blocks = {
         _in_latex(head): [[_in_latex(cell) for cell in row] for row in _rows(panel)]
         for head, panel in panels(bare).items()

@@ -24,7 +24,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from cad.checks import flag, optional, text, whole
+from cad.checks import flag, only, optional, text, whole
 from cad.errors import UserError
 from cad.models.base import PUBLISHED, resolve_device
 from cad.models.stable_diffusion_3 import T5_PARTS
@@ -41,12 +41,14 @@ from experiments.tables.exhibit import (
     MINIATURE,
     MODEL,
     SCHEMAS,
+    SEED,
     STATES,
     Exhibit,
     ListedRun,
     filtered,
     read_exhibit,
     with_methods,
+    with_seeds,
 )
 from experiments.tables.figures.drawing import render_figure
 from experiments.tables.layout import render_table
@@ -90,6 +92,10 @@ def make(cfg: DictConfig, overrides: Sequence[str]) -> None:
     for key in ("filter", "methods"):
         text(f"making.{key}", making[key])
     optional(whole(0))("making.run", making.run)
+    for seed in only(lambda x: isinstance(x, Sequence), "a list")("making.seeds", making.seeds):
+        whole(0)("making.seeds", seed)
+    if making.seeds and SEED in options(overrides):
+        raise UserError("both seed and making.seeds are given: leave one of them out")
     folders, lost = option_folders(), []
     with composer(folders) as compose:
         command = Command(cfg, overrides, compose, folders, _launcher())
@@ -120,7 +126,7 @@ def read_exhibits(command: Command) -> list[Exhibit]:
             if listed and model not in (None, MINIATURE, *node.models):
                 log.info("%s is of %s alone", node.called, ", ".join(node.models))
                 continue
-            exhibit = read_exhibit(group, stem, node, model, making.fast)
+            exhibit = with_seeds(read_exhibit(group, stem, node, model, making.fast), making.seeds)
             fixed = listed and EDIT not in exhibit.axes
             found.append(exhibit if fixed else with_methods(exhibit, making.methods))
     return found

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from experiments.run.rendering import DASH
 from experiments.run.results import read_json
 from experiments.tables.cells import Cell
-from experiments.tables.exhibit import COST, METRIC, ListedRun, Table
+from experiments.tables.exhibit import COST, METRIC, SEED, ListedRun, Table
 
 COMMIT_DIGITS = 12
 MARK = "†"  # the interval leaves the paper's value out
@@ -87,6 +87,9 @@ def _measurements(table: Table, cells: Sequence[Cell]) -> str:
 def _signs(table: Table, cells: Sequence[Cell]) -> str:
     """The meaning of those signs that the table has."""
     signs = []
+    if any(cell.deviation is not None for cell in cells):
+        seeds = ", ".join(table.axes[SEED])
+        signs.append(f"means ± standard deviations over seeds {seeds}")
     if any(cell.has_interval for cell in cells):
         signs.append("in brackets the 95 % interval")
     if any(cell.paper is not None for cell in cells):

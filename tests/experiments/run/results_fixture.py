@@ -19,13 +19,14 @@ def write_result(
     ratio: float | None = 0.01,
     effect: bool = False,
     broken: int = 0,
+    seed: int = 0,
 ) -> Path:
-    """A finished run of `concept` at `ratio`; `ratio=None` is edit=none."""
-    folder = ResultFolder(runs, f"mini-{concept}-erase", str(ratio))
+    """A finished run of `concept` at `ratio`; `ratio=None` is edit=none. Values rise by `seed`."""
+    folder = ResultFolder(runs, f"mini-{concept}-erase", f"{ratio}-{seed}")
     work = folder.open()
     states = {"before": BEFORE} if ratio is None else {"before": BEFORE, "after": AFTER}
     rows = [
-        _row(scope, state, *numbers)
+        _row(scope, state, numbers[0] + seed, *numbers[1:])
         for state, scopes in states.items()
         for scope, numbers in scopes.items()
     ]
@@ -38,7 +39,7 @@ def write_result(
         "model": {"name": "mini", "revision": "local"},
         "concepts": [concept],
         "edit": edit,
-        "seed": 0,
+        "seed": seed,
         "images": {
             "concept": {
                 state: {"folder": state, "count": 220, "broken": broken if state == "after" else 0}

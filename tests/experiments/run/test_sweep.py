@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pandas as pd
@@ -13,7 +14,14 @@ from experiments.run.command_line import note
 from experiments.run.curves import draw_edits
 from experiments.run.pictures import CELL, GAP, LABEL, MARGIN, side_by_side
 from experiments.run.rendering import tidy
-from experiments.run.sweep import edit_series, ratio_series, shown_together, summarise
+from experiments.run.results import read_json
+from experiments.run.sweep import (
+    edit_series,
+    over_seeds,
+    ratio_series,
+    shown_together,
+    summarise,
+)
 
 RATIOS = (0.005, 0.01, 0.02)
 
@@ -45,6 +53,21 @@ def test_ratios_are_tabulated_and_plotted(
     printed = capsys.readouterr().out
     assert "3 runs" in printed
     assert max(len(line) for line in printed.splitlines()) <= 80
+
+
+def test_runs_that_differ_in_their_seeds_alone_are_one_row(tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    for number, (ratio, seed) in enumerate(itertools.product((0.01, 0.02), (0, 1, 3))):
+        (folder / str(number)).mkdir(parents=True)
+        note(folder / str(number), write_result(tmp_path / "runs", ratio=ratio, seed=seed))
+    assert summarise(folder)
+    assert len(pd.read_csv(folder / "sweep.csv")) == 6 * 4
+    table = (folder / "table.md").read_text()
+    assert table.startswith("6 runs: model miniature, concept parachute, edit CAD-Erase,")
+    assert "seed 0, 1, 3; mean ± standard deviation over seeds" in table
+    assert table.count("96.3 → 6.3 ± 1.5") == 2  # of 5, 6 and 8
+    metrics = [read_json(path) for path in (tmp_path / "runs").glob("*/metrics.json")]
+    assert over_seeds([*metrics, metrics[0]]) == [*metrics, metrics[0]]  # a seed twice: of what?
 
 
 def test_other_sweeps_have_a_table_but_no_plot(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import re
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -110,6 +111,24 @@ def test_overrides_of_the_command_are_every_runs(tmp_path: Path, bench: Bench) -
     command(tmp_path, *TABLE, 'making.filter="concept=parachute edit=none"')
     command(tmp_path, *TABLE, 'making.filter="concept=parachute edit=none"', "seed=1")
     assert len(bench.ran) == 2
+
+
+def test_seeds_are_runs_of_one_table(tmp_path: Path, bench: Bench) -> None:
+    part = 'making.filter="concept=parachute"'
+    command(tmp_path, *TABLE, part, "making.seeds=[0,4]")
+    assert bench.ran == ["mini-parachute-noedit"] * 2 + ["mini-parachute-cadamplify"] * 2
+    assert "| Parachute       | 50.0 ± 0.0 [" in markdown(tmp_path)
+    for wrong, words in (
+        (["making.seeds=[0]"], "two seeds or more"),
+        (["making.seeds=[0,x]"], "making.seeds='x' is not allowed"),
+        (["making.seeds=3"], "making.seeds=3 is not allowed: it is a list"),
+        (["making.seeds=[0,4]", "seed=4"], "both seed and making.seeds"),
+    ):
+        with pytest.raises(UserError, match=re.escape(words)):
+            command(tmp_path, *TABLE, *wrong)
+    with pytest.raises(UserError, match=r"of Figure 7: a table has"):
+        command(tmp_path, "figure=figure7", "model=mini", "making.seeds=[0,4]")
+    assert len(bench.ran) == 4
 
 
 @pytest.mark.parametrize("error", [UserError("no memory left"), RuntimeError("a bug")])

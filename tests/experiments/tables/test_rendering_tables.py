@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from experiments.tables.cells import (
     build_cells,
     read_published,
 )
-from experiments.tables.exhibit import ListedRun, Scope, ShownMetric
+from experiments.tables.exhibit import ListedRun, Scope, ShownMetric, Table, with_seeds
 from experiments.tables.layout import PUBLISHED, cell_text, lay_out, render_table
 from experiments.tables.notes import absences, table_notes
 from experiments.tables.publishing import publish
@@ -117,6 +118,39 @@ def test_averages_are_of_all_rows_or_none(tmp_path: Path) -> None:
     assert texts(cells)["average", "none"] == "–"
     assert texts(cells)["average", "erase"] != "–"
     assert lay_out(small_table(average="concept"), cells).index[-1] == ("Average",)
+
+
+def seeds_of(tmp_path: Path, table: Table, values: dict[str, list[float]]) -> list[ListedRun]:
+    """The runs of a table by two edits of one object, of each edit those at the first seeds."""
+    runs = []
+    for run in table.list_runs():
+        edit, seed = run.place["edit"], int(run.place["seed"])
+        if seed < len(values[edit]):
+            value = values[edit][seed]
+            rows = [row(value, value - 1, value + 1)]
+            run = finished_run(tmp_path, f"{edit}-{seed}", rows, edit=edit, place=run.place)
+        runs.append(run)
+    return runs
+
+
+def test_seeds_have_a_mean_and_a_standard_deviation(tmp_path: Path) -> None:
+    axes = {"concept": ["church"], "edit": ["erase", "uce"]}
+    table = with_seeds(small_table(axes=axes, average="concept"), [0, 1, 2])
+    assert isinstance(table, Table)
+    assert table.list_runs()[2].overrides[-1] == "seed=2"
+    runs = seeds_of(tmp_path, table, {"erase": [1.0, 2.0, 6.0], "uce": [8.0, 9.0, 9.0]})
+    rendering = render_table(table, runs)
+    files = {ending: content.decode() for ending, content in rendering.files.items()}
+    assert "| Church  | **3.0** ± 2.6 [2.4, 3.6] (1.60)" in files["md"]
+    assert "| Average | **3.0** ± 2.6 [2.4, 3.6]" in files["md"]
+    assert r"Church & \textbf{3.0} $\pm$ 2.6 & 8.7 $\pm$ 0.6 \\" in files["tex"]
+    assert "Means ± standard deviations over seeds 0, 1, 2" in files["md"]
+    frame = pd.read_csv(io.StringIO(files["csv"]))
+    assert list(frame["deviation"].round(2)) == [2.65, 0.58] * 2
+    part = seeds_of(tmp_path / "part", table, {"erase": [1.0, 2.0, 6.0], "uce": [8.0]})
+    markdown = render_table(table, part).files["md"].decode()
+    assert "| Church  | 3.0 ± 2.6 [2.4, 3.6] (1.60)" in markdown  # and not yet the best
+    assert "Not run yet: 2 runs of 6." in markdown
 
 
 def test_another_model_is_shown_beside_the_paper_and_not_judged(tmp_path: Path) -> None:
