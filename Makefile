@@ -21,17 +21,18 @@ OPTIONS = $(if $(MODEL),model=$(MODEL)) \
 	$(if $(SEEDS),making.seeds=[$(SEEDS)]) \
 	$(if $(LAUNCHER),hydra/launcher=$(LAUNCHER)) \
 	$(OVERRIDES) $(ARGS)
+LISTED = $(if $(MODEL),model=$(MODEL)) $(if $(filter-out 0 false,$(FAST)),fast=true) $(ARGS)
 RUN = $(BIN)/python run.py
 
 export PYTHONDONTWRITEBYTECODE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run tables figures ratios status report docs $(TABLES) $(FIGURES) bench bench-full test check check-ray check-oldest lint types format miniature clean
+.PHONY: help run tables figures ratios status report zoo docs $(TABLES) $(FIGURES) bench bench-full test check check-ray check-oldest lint types format miniature clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-run: $(READY) ## erase "parachute" from the miniature and show the proof; ARGS="concept=church edit=amplify"
+run: $(READY) ## erase "parachute" from the miniature and show the proof; ARGS="concept=church edit=contrast"
 	$(RUN) $(ARGS)
 
 tables: $(READY) ## the paper's tables, or one: make table7 MODEL=mini; also FAST=1 DRY=1 SEEDS=0,1,2 LAUNCHER=slurm METHODS=+mine FILTER="concept=church edit=uce"
@@ -50,10 +51,13 @@ ratios: $(READY) ## the ratio of every concept and edit, chosen from pictures; M
 	$(BIN)/python -m experiments.tables.choose_ratios $(if $(MODEL),model=$(MODEL)) $(if $(filter-out 0 false,$(DRY)),dry=true) $(ARGS)
 
 status: $(READY) ## of all tables and figures: runs done and missing; MODEL=mini
-	$(BIN)/python -m experiments.tables.status $(if $(MODEL),model=$(MODEL)) $(if $(filter-out 0 false,$(FAST)),fast=true) $(ARGS)
+	$(BIN)/python -m experiments.tables.status $(LISTED)
 
 report: $(READY) ## every table and figure that was made, in one HTML page; MODEL=mini
 	$(BIN)/python -m experiments.tables.report $(if $(MODEL),model=$(MODEL)) $(ARGS)
+
+zoo: $(READY) ## the edits of the tables' finished runs, small files with an index, in results/MODEL/zoo; MODEL=mini
+	$(BIN)/python -m experiments.tables.zoo $(LISTED)
 
 docs: $(DEV) ## the documentation as a site with the API's reference, in results/site/index.html
 	$(BIN)/pip install -q --disable-pip-version-check -e ".[docs]"

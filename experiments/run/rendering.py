@@ -136,7 +136,7 @@ def compare_runs(results: Sequence[dict[str, Any]]) -> tuple[pd.DataFrame, str]:
     varying = [key for key in settings if settings[key].nunique() > 1]
     common = settings.drop(columns=varying).iloc[0]
     words = [f"{key} {value}" for key, value in common.items() if value != DASH]
-    scored = pd.DataFrame([_changes(each) for each in results]).fillna(DASH)
+    scored = pd.DataFrame([changes(each) for each in results]).fillna(DASH)
     return pd.concat([settings[varying], scored], axis="columns"), ", ".join(words)
 
 
@@ -164,7 +164,7 @@ def format_interval(row: dict[str, Any] | None) -> str:
     return f"{value} [{low}, {high}]"
 
 
-def _changes(metrics: dict[str, Any]) -> dict[str, str]:
+def changes(metrics: dict[str, Any]) -> dict[str, str]:
     """ "95.0 → 5.0 [0.9, 23.6]", before and after with its interval, by metric and scope."""
     found = {}
     for name, scope in dict.fromkeys((r["name"], r["scope"]) for r in metrics["metrics"]):

@@ -103,8 +103,8 @@ class RunNames:
 
 
 def _key(run: ListedRun) -> str:
-    """The run's overrides without those of trackers, which show a result and change nothing."""
-    return " ".join(each for each in run.overrides if not each.startswith("logger"))
+    """The run's overrides, in whatever order, without trackers', which change nothing."""
+    return " ".join(sorted(each for each in run.overrides if not each.startswith("logger")))
 
 
 def _stamp(folders: Sequence[Path]) -> str:

@@ -45,20 +45,31 @@ DASH = "–"
 @hydra.main(version_base="1.3", config_path="../../conf", config_name="programs/status")
 def main(config: DictConfig) -> None:
     """Print a line for each table and figure of the model that was named, or of the paper's."""
+    columns = (Column(heading, no_wrap=True) for heading in HEADINGS)
+    table = Table(*columns, caption=CAPTION, caption_justify="left")
+    for exhibit, runs in find_all(config):
+        table.add_row(*line(exhibit, runs, config.paths))
+    Console(highlight=False).print(table)
+
+
+def find_all(
+    config: DictConfig, schema: type[Exhibit] = Exhibit
+) -> Iterator[tuple[Exhibit, list[ListedRun]]]:
+    """The tables and figures of the model that the command named, with their runs as they are.
+
+    `schema`: `Table` or `Figure` alone.
+    """
     folders, given = option_folders(), HydraConfig.get().overrides.task
     paths = [each for each in given if each.startswith("paths.")]
     fast, overrides = flag("fast", config.fast), texts("overrides", config.overrides)
     names = RunNames(Path(config.paths.runs), folders)
-    columns = (Column(heading, no_wrap=True) for heading in HEADINGS)
-    table = Table(*columns, caption=CAPTION, caption_justify="left")
     with composer(folders) as compose:
         model = options(given).get("model")
         for exhibit in every_exhibit([CONF, *folders], model, fast, compose):
-            listed = exhibit.list_runs([*overrides, *paths])
-            runs = [names.find(each, compose) for each in listed]
-            table.add_row(*line(exhibit, runs, config.paths))
+            if isinstance(exhibit, schema):
+                listed = exhibit.list_runs([*overrides, *paths])
+                yield exhibit, [names.find(each, compose) for each in listed]
     names.save()
-    Console(highlight=False).print(table)
 
 
 def every_exhibit(

@@ -1,4 +1,4 @@
-"""Tables and figures made end to end, then status and report: random weights, debug=tiny."""
+"""Tables and figures made end to end, then status, report and zoo: random weights, debug=tiny."""
 
 from __future__ import annotations
 
@@ -6,14 +6,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
+import programs
 import pytest
 from omegaconf import DictConfig
 from tables_fixture import composed_table
 from weights import write_weights
 
+import cad
+from cad.files import file_digest
+from cad.identity import parameter_digest
+from cad.places import REPOSITORY
 from evaluation.evaluators.accuracy import Accuracy
-from experiments.run.configuration import compose, composer
-from experiments.tables import lookup
+from experiments.run.configuration import CONF, compose, composer
+from experiments.run.experiment import prepare
+from experiments.run.results import read_json
+from experiments.tables import lookup, zoo
 from experiments.tables.lookup import RunNames
 from experiments.tables.make import make
 from experiments.tables.report import write_report
@@ -132,3 +139,43 @@ def test_figures_are_made_end_to_end_and_reported(tmp_path: Path, weights: Path)
     page = write_report(folder, "mini", tmp_path / "none", shipped=tmp_path / "none").read_text()
     assert page.index("figure7-mini-fast") < page.index("components-mini-fast")
     assert page.count("data:image/webp;base64,") == 3
+
+
+def test_the_zoo_has_every_edit_of_a_table_and_each_fits(
+    tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lookup, "CONF", CONF)
+    more = [*passed(weights, tmp_path), "limit=4"]
+    given = ["table=table12", "model=mini", 'making.filter="edit=amplify"', *more]
+    make(compose(given), given)
+    paths = [each for each in more if each.startswith("paths.")]
+    options = f"overrides=[{','.join(repr(each) for each in more if each not in paths)}]"
+    program = REPOSITORY / "experiments" / "tables" / "zoo.py"
+    ended = programs.call(program, "model=mini", *paths, options)
+    assert ended.returncode == 0, ended.stderr
+    folder = tmp_path / "mini" / "zoo"
+    index = read_json(folder / "index.json")
+    concepts = ["cassette_player", "parachute"]
+    assert [each["concepts"] for each in index["edits"]] == [[each] for each in concepts]
+    assert not index["left_out"]
+    readme = (folder / "README.md").read_text()
+    table = composed_table(12, "mini")
+    runs = [RunNames(tmp_path / "runs").find(run, unasked) for run in table.list_runs(more)]
+    done = [run for run in runs if run.result]
+    model = prepare(compose(done[0].overrides)).model.load()
+    before = parameter_digest(model.denoiser)
+    for each in index["edits"]:
+        assert each["sha256"] == file_digest(folder / each["file"])
+        assert f"`{each['sha256']}`" in readme
+        assert f"Table 12: concept={each['concepts'][0]} edit=amplify" in each["shown"]
+        assert {row["state"] for row in each["measured"]} == {"before", "after"}
+        with cad.load(folder / each["file"]).applied(model):
+            assert parameter_digest(model.denoiser) != before
+
+    monkeypatch.setattr(zoo, "LIMIT", 0)
+    found = zoo.distinct_edits([(table, runs)])
+    readme = zoo.write_zoo(folder, found, model, "weights").read_text()
+    assert not list(folder.glob("*.safetensors"))
+    assert readme.partition("Left out:")[2].count("bytes, more than 0") == len(found) == 2
+    empty = programs.call(program, "model=mini", f"paths.results={tmp_path / 'none'}")
+    assert (empty.returncode, "has no finished run" in empty.stderr) == (2, True)
