@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException, InstantiationException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cad.errors import UserError
@@ -47,6 +48,7 @@ CONFIGURING = ("hydra", "omegaconf", "antlr4", "submitit", "hydra_plugins")
 NO_OPTION = re.compile(r"In '.+': Could not load '(\w+)/(.+)'")
 RESOLVING = "UserError raised while resolving interpolation: "
 NO_CHOICE = "Config group override must be"
+NO_KEY = re.compile(r"Could not override '([^']+)'")
 NO_PLUGIN = "\nLaunchers are plug-ins: pip install -e '.[slurm]' or '.[ray]'"
 
 log = logging.getLogger(__name__)
@@ -107,6 +109,11 @@ def find_mistake(error: BaseException) -> str | None:
     known = isinstance(error, HydraException) or _origin(error) in CONFIGURING
     if isinstance(error, InstantiationException) or not known:
         return None
+    return _with_choices(error)
+
+
+def _with_choices(error: BaseException) -> str:
+    """Hydra's message, with what could be chosen instead where it does not say that."""
     listed = NO_OPTION.match(str(error))  # of several, Hydra names no choices
     if listed and (CONF / listed[1]).is_dir():
         return f"{listed[1]}={listed[2]} is unknown; choose from {choices(listed[1])}"
@@ -115,6 +122,12 @@ def find_mistake(error: BaseException) -> str | None:
         known = ((each, value, choices(key)) for each, key, value in named)
         told = [f"{each}: choose from {c}" for each, value, c in known if c and value not in c]
         return "; ".join([str(error), *told])
+    unknown = NO_KEY.match(str(error))
+    if unknown:
+        top = map(str, OmegaConf.load(CONF / "config.yaml"))
+        near = get_close_matches(unknown[1], [*(path.stem for path in CONF.iterdir()), *top], 1)
+        hint = f"; did you mean {near[0]}?" if near else "."
+        return f"{unknown[1]} is no setting{hint} python run.py --cfg job shows all"
     return str(error) + (NO_PLUGIN if "'hydra/launcher/" in str(error) else "")
 
 

@@ -108,7 +108,7 @@ def write_zoo(folder: Path, found: Found, model: DiffusionModel, place: str) -> 
     write_json(folder / INDEX, index)
     write_atomically(folder / LOADER.name, LOADER.read_bytes())
     table = to_markdown(pd.DataFrame([_row(each) for each in listed]))
-    text = render("zoo.md.j2", **index, place=place, index=INDEX, limit=LIMIT, table=table)
+    text = render("zoo.md.j2", **index, place=place, index=INDEX, table=table)
     write_atomically(folder / "README.md", text.encode())
     return folder / "README.md"
 

@@ -19,6 +19,7 @@ from programs import Ended, call, run
 from cad.errors import UserError
 from cad.places import REPOSITORY
 from experiments.run.command_line import INTERRUPTED, USAGE_ERROR, JobEnds, find_mistake
+from experiments.run.configuration import compose
 
 HERE = Path(__file__).parent
 
@@ -47,6 +48,23 @@ def test_wrong_configurations_are_told_in_a_line() -> None:
     told = find_mistake(ConfigCompositionException("Could not load 'hydra/launcher/ray'"))
     assert told is not None
     assert "pip install -e '.[slurm]' or '.[ray]'" in told
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [
+        ("concpt", "; did you mean concept?"),
+        ("sead", "; did you mean seed?"),
+        ("ratio.valu", "; did you mean ratio?"),
+        ("xyz", "."),
+    ],
+)
+def test_a_setting_that_is_none_is_told_with_one_that_is_near(key: str, near: str) -> None:
+    with pytest.raises(ConfigCompositionException) as caught:
+        compose([f"{key}=1"])
+    assert find_mistake(caught.value) == (
+        f"{key} is no setting{near} python run.py --cfg job shows all"
+    )
 
 
 def test_user_errors_and_full_disks_are_told_and_bugs_are_not() -> None:
