@@ -40,6 +40,7 @@ from experiments.tables.lookup import DEFAULTS, RunNames, option_folders, option
 HEADINGS = ("", "of", *STATES, "editing", "files")
 CAPTION = "editing: of missing runs, by finished edits of the same model and method"
 DASH = "–"
+FULL = "\nquick: {}\n"  # in the configuration of a run without debug=tiny
 
 
 @hydra.main(version_base="1.3", config_path="../../conf", config_name="programs/status")
@@ -110,8 +111,12 @@ def line(exhibit: Exhibit, runs: Sequence[ListedRun], paths: DictConfig) -> list
 
 @functools.cache
 def editing_seconds(runs: Path, model: str, edit: str) -> float | None:
-    """The median time of a model's finished edits by a method; None where there are none."""
-    costs = [read_json(path)["seconds"] for path in runs.glob(f"{model}-*-{edit}-*/cost.json")]
+    """The median time of a model's finished edits by a method, those of debug=tiny aside."""
+    costs = [
+        read_json(path)["seconds"]
+        for path in runs.glob(f"{model}-*-{edit}-*/cost.json")
+        if FULL in path.with_name("config.yaml").read_text(encoding="utf-8")
+    ]
     return statistics.median(costs) if costs else None
 
 
