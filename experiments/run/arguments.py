@@ -111,10 +111,13 @@ def check_arguments(node: DictConfig, target: Callable[..., Any], place: str) ->
             from cad.models.base import resolve_device  # PyTorch, which --help need not import
 
             resolve_device(value, key)
-    needed = [name for name, each in parameters.items() if each.default is each.empty]
-    missing = (
-        [] if is_open or node.get("_partial_") else [name for name in needed if name not in node]
+    given = () if is_open or node.get("_partial_") else parameters.values()
+    needed = (
+        each.name
+        for each in given
+        if each.default is each.empty and each.kind != each.VAR_POSITIONAL
     )
+    missing = [name for name in needed if name not in node]
     if missing:
         raise UserError(f"{place}.{missing[0]} is missing: set {place}.{missing[0]}")
 

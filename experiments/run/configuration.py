@@ -269,11 +269,11 @@ def _check_chosen(cfg: DictConfig) -> None:
             given = cfg.get(group)
             raise UserError(f"{name}={given} is not allowed; choose one of {choices(name)}")
     build_each(cfg, "concepts")  # their names and kinds choose much of the rest
-    _check_sections(cfg)
+    _check_sections(cfg, *OPTIONAL)
 
 
-def _check_sections(cfg: DictConfig) -> None:
-    for key in (*SECTIONS, *OPTIONAL):
+def _check_sections(cfg: DictConfig, *more: str) -> None:
+    for key in (*SECTIONS, *more):
         given = OmegaConf.select(cfg, key, default=PROBE)
         absent = (PROBE, None) if key in OPTIONAL else (PROBE,)
         if not isinstance(given, DictConfig) and given not in absent:

@@ -9,10 +9,12 @@ looked up once (`experiments.tables.lookup`). Nothing is verified: making a tabl
 from __future__ import annotations
 
 import functools
+import json
 import statistics
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import hydra
@@ -25,7 +27,6 @@ from cad.checks import flag, texts
 from cad.places import REPOSITORY
 from experiments.run.command_line import exit_status
 from experiments.run.configuration import CONF, Compose, composer
-from experiments.run.results import read_json
 from experiments.tables.exhibit import (
     MINIATURE,
     SCHEMAS,
@@ -112,11 +113,11 @@ def line(exhibit: Exhibit, runs: Sequence[ListedRun], paths: DictConfig) -> list
 @functools.cache
 def editing_seconds(runs: Path, model: str, edit: str) -> float | None:
     """The median time of a model's finished edits by a method, those of debug=tiny aside."""
-    costs = [
-        read_json(path)["seconds"]
-        for path in runs.glob(f"{model}-*-{edit}-*/cost.json")
-        if FULL in path.with_name("config.yaml").read_text(encoding="utf-8")
-    ]
+    costs = []
+    for path in runs.glob(f"{model}-*-{edit}-*/cost.json"):
+        with suppress(OSError, ValueError, TypeError, LookupError):  # damaged: made again
+            if FULL in path.with_name("config.yaml").read_text(encoding="utf-8"):
+                costs.append(float(json.loads(path.read_text(encoding="utf-8"))["seconds"]))
     return statistics.median(costs) if costs else None
 
 

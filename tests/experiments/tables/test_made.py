@@ -184,3 +184,13 @@ def test_the_zoo_has_every_edit_of_a_table_and_each_fits(
     assert readme.partition("Left out:")[2].count("bytes, more than 0") == len(found) == 1
     empty = programs.call(program, "model=mini", f"paths.results={tmp_path / 'none'}")
     assert (empty.returncode, "has no finished run" in empty.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("content", ["[]", "{", "{}", '{"seconds": null}'])
+def test_a_damaged_cost_is_left_out_of_the_times(tmp_path: Path, content: str) -> None:
+    for place, told in enumerate(('{"seconds": 3}', content)):
+        folder = tmp_path / f"mini-church-erase-{place}"
+        folder.mkdir()
+        (folder / "cost.json").write_text(told)
+        (folder / "config.yaml").write_text("x: 1\nquick: {}\n")
+    assert editing_seconds(tmp_path, "mini", "erase") == 3
