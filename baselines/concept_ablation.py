@@ -21,16 +21,16 @@ from typing import Any, ClassVar
 
 import torch
 
-from baselines.lessons import Pictures, seen
 from baselines.prompt_pairs import PromptPairs
-from baselines.training import Course, Lesson, Trained, Weights, draw_below
+from baselines.training import Course, Lesson, Trained, Weights, seen
 from cad.checks import check, not_negative
 from cad.concepts import Concept, of_prompt
 from cad.identity import material
 from cad.models.base import DiffusionModel
 from cad.models.conditioning import Conditioning
+from cad.noised import Pictures
 from cad.references import GeneratedImages
-from cad.sampling import make_generators
+from cad.sampling import draw_below, make_generators
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,13 +30,13 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
-from baselines.training import Course, Lesson, Trained, Weights, draw_below, with_weights
+from baselines.training import Course, Lesson, Trained, Weights, with_weights
 from cad.checks import check, finite, one_of
 from cad.concepts import Concept
 from cad.models.base import DiffusionModel
 from cad.models.conditioning import Conditioning
 from cad.models.sampler import Sampler
-from cad.sampling import draw_noise, guide, make_generators
+from cad.sampling import draw_below, draw_noise, guide, make_generators
 
 TEXTS = ("text", "prompt")  # of a concept
 

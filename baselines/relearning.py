@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from baselines.afterwards import Afterwards
-from baselines.lessons import Pictures
 from baselines.training import PARAMETERS, Course, Lesson, Trained, Weights, trained_weights
 from cad.checks import check, one_of, optional, positive, seed, text, whole
 from cad.concepts import Concept, of_prompt
 from cad.models.base import DiffusionModel
+from cad.noised import Pictures
 from cad.references import GeneratedImages
 from cad.sampling import make_generators
 from cad.weight_edit import WeightEdit

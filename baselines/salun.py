@@ -25,8 +25,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from baselines.lessons import Noised, Pictures, seen
-from baselines.training import Course, Lesson, Trained, Weights, trained_weights
+from baselines.training import Course, Lesson, Trained, Weights, seen, trained_weights
 from cad.attribution import GRADIENT_RMS, backward_scale, summed_gradients
 from cad.checks import check, finite, not_negative, ratio, text, texts
 from cad.concepts import Concept, beside
@@ -34,6 +33,7 @@ from cad.errors import UserError
 from cad.identity import material
 from cad.models.base import DiffusionModel
 from cad.models.conditioning import Conditioning
+from cad.noised import Noised, Pictures
 from cad.references import GeneratedImages
 from cad.sampling import guide, make_generators
 from cad.selection import floor_share

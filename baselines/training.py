@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -274,9 +274,13 @@ def with_weights(
     return functional_call(_Host(denoiser), named, (work, *args))
 
 
-def draw_below(end: int, generators: Sequence[Generator]) -> Tensor:
-    """One integer of 0 .. end - 1 from each generator; (N,) int64 on the CPU."""
-    return torch.cat([torch.randint(end, (1,), generator=each) for each in generators])
+@torch.no_grad()
+def seen(
+    model: DiffusionModel, weights: Weights, x_t: Tensor, t: Tensor, c: Conditioning
+) -> Tensor:
+    """Phi(x_t, c, t) with the weights as they are now, (N, C, h, w) float32, without gradient."""
+    prediction: Tensor = with_weights(model.denoiser, weights, model.predict, x_t, t, c)
+    return prediction.float()
 
 
 class _Host(nn.Module):

@@ -34,6 +34,11 @@ def draw_noise(
     return draw(model.latent_shape_at(size), generators).to(model.device, model.dtype)
 
 
+def draw_below(end: int, generators: Sequence[Generator]) -> Tensor:
+    """One integer of 0 .. end - 1 from each generator; (N,) int64 on the CPU."""
+    return torch.cat([torch.randint(end, (1,), generator=each) for each in generators])
+
+
 def guide(unconditional: Tensor, conditional: Tensor, guidance: float) -> Tensor:
     """Classifier-free guidance: Phi_u + g (Phi_c - Phi_u)."""
     return unconditional + guidance * (conditional - unconditional)
@@ -59,14 +64,25 @@ def walk(
     x_t = draw_noise(model, generators, size) * sampler.init_sigma  # (N, C, h, w)
     both = Conditioning.cat([unconditional, conditioning])  # (2N, ...)
     for t in sampler.timesteps[:steps]:
-        x_in = sampler.scale(x_t, t)
-        if guidance == 1.0:
-            prediction = model.predict(x_in, t, conditioning)
-        else:
-            phi_u, phi_c = model.predict(torch.cat([x_in, x_in]), t, both).chunk(2)
-            prediction = guide(phi_u, phi_c, guidance)
-        x_t = sampler.step(prediction, t, x_t, generators)
+        x_t = guided_step(model, sampler, x_t, t, both, guidance, generators)
     return x_t
+
+
+def guided_step(
+    model: DiffusionModel,
+    sampler: Sampler,
+    x_t: Tensor,
+    t: Tensor,
+    both: Conditioning,
+    guidance: float,
+    generators: list[Generator] | None,
+) -> Tensor:
+    """x_{t-1} (N, C, h, w) from x_t; `both` (2N, ...) are the unconditional and the prompts."""
+    x_in = sampler.scale(x_t, t)
+    if guidance == 1.0:
+        return sampler.step(model.predict(x_in, t, both[len(x_t) :]), t, x_t, generators)
+    phi_u, phi_c = model.predict(torch.cat([x_in, x_in]), t, both).chunk(2)
+    return sampler.step(guide(phi_u, phi_c, guidance), t, x_t, generators)
 
 
 def sample_latents(

@@ -7,12 +7,12 @@ import readings
 import torch
 
 from baselines.concept_ablation import ConceptAblation
-from baselines.lessons import Pictures
 from baselines.relearning import Relearned
 from baselines.salun import SalUn, largest
 from baselines.training import trained_weights
 from baselines.uce import UCE
 from cad.errors import UserError
+from cad.noised import Pictures
 from cad.references import GeneratedImages
 from cad.sampling import make_generators
 

@@ -1,4 +1,4 @@
-"""Lessons on pictures with prompts, for fine-tuning (`baselines.training`)."""
+"""Pictures with noise, as a network is trained on them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ from typing import Self
 import torch
 from torch import Generator, Tensor
 
-from baselines.training import Weights, draw_below, with_weights
 from cad.concepts import of_prompt
 from cad.models.base import DiffusionModel
-from cad.models.conditioning import Conditioning
 from cad.references import GeneratedImages
-from cad.sampling import draw_noise
+from cad.sampling import draw_below, draw_noise
 
 
 @dataclass(frozen=True)
@@ -49,12 +47,3 @@ class Pictures:
         noise = draw_noise(model, generators)
         x_t, target = model.add_noise(x_0, noise, t), model.target(x_0, noise, t)
         return Noised(x_t, t, target.float(), prompt)
-
-
-@torch.no_grad()
-def seen(
-    model: DiffusionModel, weights: Weights, x_t: Tensor, t: Tensor, c: Conditioning
-) -> Tensor:
-    """Phi(x_t, c, t) with the weights as they are now, (N, C, h, w) float32, without gradient."""
-    prediction: Tensor = with_weights(model.denoiser, weights, model.predict, x_t, t, c)
-    return prediction.float()
