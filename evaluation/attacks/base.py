@@ -1,39 +1,47 @@
-"""The contract of an attack: its variables, and the predictions that they are to bring about.
+"""The contract of an attack: what it is given, and what becomes of each prompt.
 
-An attack prepends k tokens to a prompt; the schedule that all share is in
-`evaluation.attacks.search`. Prompts are attacked in batches, but each has its own variables, random
-generator and loss, so what is found for one does not depend on the others beyond float rounding.
+An attack brings an erased concept back, or fails to: for each prompt it has the edited model draw
+an image, which a judge looks at. Prompts are attacked in batches, but each has its own random
+generator, so what is found for one does not depend on the others beyond float rounding.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor
+from tqdm import tqdm
 
-from cad.checks import check, flag, not_negative, one_of, positive, steps, whole
+from cad.checks import check, flag, whole
 from cad.identity import Identified, immaterial, material
-from cad.models.base import DiffusionModel
-from cad.models.conditioning import Conditioning, TokenSpace
+from cad.models.base import DiffusionModel, check_gradient_checkpointing
+from cad.models.conditioning import Conditioning
 from cad.sampling import draw_noise, make_generators, sample_latents
+from cad.weight_edit import WeightEdit
 from evaluation.pixels import Pixels
 from evaluation.prompts import Prompt
 from evaluation.sampler import SamplerSettings
 
-MOST_TOKENS = 75  # CLIP's text encoders take 77, with start and end
-OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+Judge = Callable[[Pixels, Sequence[Prompt]], list[bool]]
+"""Which images, (N, H, W, 3) uint8 RGB, show what their prompts' groups name."""
 
-Aim = Callable[[int, Sequence[int]], Sequence[tuple[Tensor, Tensor]]]
-"""The predictions that an attack wants of the edited model, asked of the unedited one.
 
-(step, rows) -> for each iteration at the timestep `step`, counted from 0: x_t as the network takes
-it, and the wanted prediction there, both (n, C, h, w), for the victims `rows`. Asked once for each
-timestep, without gradient. May draw from the victims' generators.
-"""
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """The end of an attack on one prompt."""
+
+    success: bool
+    timesteps: int  # tries: of a search, how many timesteps it went through
+    timestep: int | None  # the last of them
+    tokens: list[int]  # adversarial ids, as they were at the end
+    text: str | None  # of the whole adversarial prompt
+    retokenizes: bool | None  # whether the text gives these very ids
+    losses: list[float | None]  # of every iteration; None where not finite
+    image: Pixels = field(repr=False)  # (H, W, 3) RGB, of the last try
 
 
 @dataclass(frozen=True)
@@ -103,71 +111,57 @@ class Victims:
 
 @dataclass(frozen=True, kw_only=True)
 class Attack(Identified, ABC):
-    """A way to look for adversarial tokens: how long and how fast, and by which variables.
-
-    Variables are float32, one tensor for each prompt. Raises UserError for values out of range.
-    """
+    """A way to bring a concept back. Raises UserError for values out of range."""
 
     name: ClassVar[str]  # as in conf/attack/NAME.yaml
-    optimises: ClassVar[bool] = True  # False: no iterations, and no states to have them at
 
-    tokens: int  # k, prepended to the prompt
-    timesteps: int  # that it goes through, each with a try in the end
-    iterations: int  # optimiser steps at each of them
-    optimizer: str  # "adam": weight decay is a part of the gradient (L2) | "adamw": decoupled
-    lr: float
-    weight_decay: float
-    retokenize: bool  # the text of the tokens is tried, as the tokenizer reads it; False: their ids
+    iterations: int  # optimiser steps in a try
     batch_size: int  # prompts attacked at once
     gradient_checkpointing: bool = immaterial(False)  # less memory, more time
 
     def __post_init__(self) -> None:
-        place, iterations = f"attacks.{self.name}", whole(1 if self.optimises else 0)
-        check(self, place, tokens=whole(1, MOST_TOKENS), timesteps=steps, iterations=iterations)
-        check(self, place, optimizer=one_of(OPTIMIZERS), lr=positive, weight_decay=not_negative)
-        check(self, place, retokenize=flag, batch_size=whole(1), gradient_checkpointing=flag)
+        place = f"attacks.{self.name}"
+        check(self, place, batch_size=whole(1), gradient_checkpointing=flag)
 
     def settings(self) -> dict[str, Any]:
         """All that determines what is found beside model and prompts; JSON-able."""
         return {"attack": self.name, "version": self.version, **material(self)}
 
     @property
+    def tries(self) -> int:
+        """Images for each prompt, at most."""
+        return 1
+
+    @property
     def uses_images(self) -> bool:
-        """Whether it looks at the unedited model's images of the prompts."""
-        return self.optimises
+        """Whether it looks at the unedited model's images, of the prompts that `pictured` gives."""
+        return True
 
-    def visited(self, model: DiffusionModel) -> Tensor:
-        """The timesteps in their order, (timesteps,) int64. UserError for what a sampler lacks.
+    def pictured(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """The prompts whose images it looks at, one for each that is attacked."""
+        return list(prompts)
 
-        The released ones: the middles of equal parts of the training's, from image to noise.
+    def check(self, model: DiffusionModel, prompts: Sequence[Prompt]) -> None:
+        """Raise UserError for a model or prompts that it cannot work with."""
+        key = f"attacks.{self.name}.gradient_checkpointing"
+        check_gradient_checkpointing(model, self.gradient_checkpointing, key)
+
+    @abstractmethod
+    def outcomes(
+        self,
+        model: DiffusionModel,
+        edit: WeightEdit,
+        victims: Victims,
+        judge: Judge,
+        progress: tqdm[Any],
+    ) -> list[Outcome]:
+        """What becomes of each victim. Leaves the model, which is unedited, as found.
+
+        `progress` counts tries. The text encoder is on the model's device.
         """
-        most = model.sampler(1, "ddim").training_timesteps
-        part = most // self.timesteps
-        return torch.arange(part // 2, most, part, device=model.device)[: self.timesteps]
 
-    @abstractmethod
-    def aim(self, model: DiffusionModel, victims: Victims) -> Aim:
-        """The wanted predictions; called once for a batch, while the model is unedited."""
 
-    @abstractmethod
-    def start(self, space: TokenSpace, generator: Generator) -> Tensor:
-        """The free variables of one prompt at first, (k, ...), float32 on the CPU."""
-
-    @abstractmethod
-    def embed(
-        self, space: TokenSpace, variables: Tensor, generators: Sequence[Generator]
-    ) -> Tensor:
-        """Embeddings (n, k, D) that the variables (n, k, ...) stand for; differentiable in them."""
-
-    @torch.no_grad()
-    def confine(self, variables: Tensor) -> None:
-        """Bring one prompt's variables, (k, ...), back to where they are allowed, in place."""
-        return None
-
-    def renew(self, space: TokenSpace, variables: Tensor, generator: Generator) -> None:
-        """Change one prompt's variables, (k, ...), in place after a failure; most stay."""
-        return None
-
-    @abstractmethod
-    def discretise(self, space: TokenSpace, variables: Tensor) -> Tensor:
-        """The tokens (n, k), int64, of the variables (n, k, ...)."""
+def tried_once(victims: Victims, shown: Sequence[bool], images: Pixels) -> list[Outcome]:
+    """The outcomes of one try with the victims' own texts: verdicts, and images (N, H, W, 3)."""
+    tried = zip(victims.prompts, shown, images, strict=True)
+    return [Outcome(seen, 1, None, [], p.text, None, [], image) for p, seen, image in tried]

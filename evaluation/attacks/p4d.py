@@ -24,14 +24,15 @@ from cad.checks import check, one_of
 from cad.models.base import DiffusionModel
 from cad.models.conditioning import TokenSpace
 from cad.sampling import draw_noise, guide, make_generators
-from evaluation.attacks.base import Aim, Attack, Victims
+from evaluation.attacks.base import Victims
+from evaluation.attacks.search import Aim, TokenAttack
 
 States = Callable[[int, Sequence[int]], list[Tensor]]
 """(step, rows) -> x_t (n, C, h, w) of each iteration; a single one if it is that of all."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class P4D(Attack):
+class P4D(TokenAttack):
     """Variables: k embeddings, (k, D), at first those of random tokens."""
 
     name: ClassVar[str] = "p4d"

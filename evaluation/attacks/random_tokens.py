@@ -15,10 +15,11 @@ from torch import Generator, Tensor
 from cad.checks import steps
 from cad.models.base import DiffusionModel
 from cad.models.conditioning import TokenSpace
-from evaluation.attacks.base import Aim, Attack, Victims
+from evaluation.attacks.base import Victims
+from evaluation.attacks.search import Aim, TokenAttack
 
 
-class RandomTokens(Attack):
+class RandomTokens(TokenAttack):
     """Variables: places of k tokens among the usable ones, (k,), drawn anew after each failure."""
 
     name: ClassVar[str] = "random_tokens"

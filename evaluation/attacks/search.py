@@ -1,4 +1,4 @@
-"""The schedule that all attacks share, for a batch of prompts.
+"""Attacks by k tokens before a prompt, and the schedule that they share, for a batch of prompts.
 
 At each timestep, `iterations` of the optimiser on the squared error of the edited model's
 prediction (mean over latent elements); then the prompt with the tokens as they are now is sampled,
@@ -12,42 +12,121 @@ that, the unedited model says what is wanted there.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 from tqdm import tqdm
 
 from cad.attribution import GRADIENT_RMS, backward_scale
+from cad.checks import check, flag, not_negative, one_of, positive, steps, whole
 from cad.errors import UserError
 from cad.models.base import DiffusionModel, checkpointed_gradients
 from cad.models.conditioning import FIRST, TokenSpace
 from cad.weight_edit import WeightEdit
-from evaluation.attacks.base import OPTIMIZERS, Attack, Victims
+from evaluation.attacks.base import Attack, Judge, Outcome, Victims
 from evaluation.pixels import Pixels
 from evaluation.prompts import Prompt
 from evaluation.sampler import SamplerSettings, to_pixels
 
-Judge = Callable[[Pixels, Sequence[Prompt]], list[bool]]
-"""Which images, (N, H, W, 3) uint8 RGB, show what their prompts' groups name."""
+MOST_TOKENS = 75  # CLIP's text encoders take 77, with start and end
+OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+
+Aim = Callable[[int, Sequence[int]], Sequence[tuple[Tensor, Tensor]]]
+"""The predictions that an attack wants of the edited model, asked of the unedited one.
+
+(step, rows) -> for each iteration at the timestep `step`, counted from 0: x_t as the network takes
+it, and the wanted prediction there, both (n, C, h, w), for the victims `rows`. Asked once for each
+timestep, without gradient. May draw from the victims' generators.
+"""
 
 VERSION = 2  # of the schedule: raise it when equal settings find something else
 
 
-@dataclass(frozen=True, eq=False)
-class Outcome:
-    """The end of an attack on one prompt."""
+@dataclass(frozen=True, kw_only=True)
+class TokenAttack(Attack):
+    """A way to look for adversarial tokens: how long and how fast, and by which variables.
 
-    success: bool
-    timesteps: int  # how many it went through, the successful one included
-    timestep: int  # the last of them
-    tokens: list[int]  # adversarial ids, as they were at the end
-    text: str  # of the whole adversarial prompt
-    retokenizes: bool  # whether the text gives these very ids
-    losses: list[float | None]  # of every iteration; None where not finite
-    image: Pixels = field(repr=False)  # (H, W, 3) RGB, sampled from the text, or the tokens
+    Variables are float32, one tensor for each prompt. Raises UserError for values out of range.
+    """
+
+    optimises: ClassVar[bool] = True  # False: no iterations, and no states to have them at
+
+    tokens: int  # k, prepended to the prompt
+    timesteps: int  # that it goes through, at each `iterations` steps and a try in the end
+    optimizer: str  # "adam": weight decay is a part of the gradient (L2) | "adamw": decoupled
+    lr: float
+    weight_decay: float
+    retokenize: bool  # the text of the tokens is tried, as the tokenizer reads it; False: their ids
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        place, iterations = f"attacks.{self.name}", whole(1 if self.optimises else 0)
+        check(self, place, tokens=whole(1, MOST_TOKENS), timesteps=steps, iterations=iterations)
+        check(self, place, optimizer=one_of(OPTIMIZERS), lr=positive, weight_decay=not_negative)
+        check(self, place, retokenize=flag)
+
+    @property
+    def tries(self) -> int:
+        return self.timesteps
+
+    @property
+    def uses_images(self) -> bool:
+        return self.optimises
+
+    def check(self, model: DiffusionModel, prompts: Sequence[Prompt]) -> None:
+        super().check(model, prompts)
+        places(model.token_space(), prompts, self.tokens)
+        self.visited(model)
+
+    def outcomes(
+        self,
+        model: DiffusionModel,
+        edit: WeightEdit,
+        victims: Victims,
+        judge: Judge,
+        progress: tqdm[Any],
+    ) -> list[Outcome]:
+        return _Search(model, edit, self, victims).run(judge, progress)
+
+    def visited(self, model: DiffusionModel) -> Tensor:
+        """The timesteps in their order, (timesteps,) int64. UserError for what a sampler lacks.
+
+        The released ones: the middles of equal parts of the training's, from image to noise.
+        """
+        most = model.sampler(1, "ddim").training_timesteps
+        part = most // self.timesteps
+        return torch.arange(part // 2, most, part, device=model.device)[: self.timesteps]
+
+    @abstractmethod
+    def aim(self, model: DiffusionModel, victims: Victims) -> Aim:
+        """The wanted predictions; called once for a batch, while the model is unedited."""
+
+    @abstractmethod
+    def start(self, space: TokenSpace, generator: Generator) -> Tensor:
+        """The free variables of one prompt at first, (k, ...), float32 on the CPU."""
+
+    @abstractmethod
+    def embed(
+        self, space: TokenSpace, variables: Tensor, generators: Sequence[Generator]
+    ) -> Tensor:
+        """Embeddings (n, k, D) that the variables (n, k, ...) stand for; differentiable in them."""
+
+    @torch.no_grad()
+    def confine(self, variables: Tensor) -> None:
+        """Bring one prompt's variables, (k, ...), back to where they are allowed, in place."""
+        return None
+
+    def renew(self, space: TokenSpace, variables: Tensor, generator: Generator) -> None:
+        """Change one prompt's variables, (k, ...), in place after a failure; most stay."""
+        return None
+
+    @abstractmethod
+    def discretise(self, space: TokenSpace, variables: Tensor) -> Tensor:
+        """The tokens (n, k), int64, of the variables (n, k, ...)."""
 
 
 def search(
@@ -60,16 +139,17 @@ def search(
     progress: tqdm[Any],
     images: Pixels | None = None,
 ) -> list[Outcome]:
-    """The outcome of each prompt, all of one size; `settings` have their guidance.
+    """The outcome of any attack on each prompt, all of one size; `settings` have their guidance.
 
-    `images`, (N, H, W, 3), are the unedited model's of the prompts, for an attack that uses them.
-    Leaves model and random state as found. `progress` counts timesteps of prompts. Raises UserError
-    for prompts without room for the tokens, or a GPU without memory for the batch.
+    `images`, (N, H, W, 3), are what the attack looks at (`Attack.pictured`), if it does. Leaves
+    model and random state as found. `progress` counts tries. Raises UserError for prompts without
+    room for the tokens, or a GPU without memory for the batch.
     """
     try:
         with model.encoding():
-            victims = Victims.of(model, prompts, settings, f"attack-{attack.name}", images)
-            return _Search(model, edit, attack, victims).run(judge, progress)
+            salt = f"attack-{type(attack).name}"  # a control draws what its attack does
+            victims = Victims.of(model, prompts, settings, salt, images)
+            return attack.outcomes(model, edit, victims, judge, progress)
     except torch.OutOfMemoryError as error:
         key = f"attacks.{attack.name}"
         raise UserError(
@@ -83,11 +163,41 @@ def places(space: TokenSpace, prompts: Sequence[Prompt], count: int) -> Tensor:
     return torch.cat([space.prepend([p.text], count, truncate=p.truncate) for p in prompts])
 
 
+def prediction_errors(
+    model: DiffusionModel,
+    space: TokenSpace,
+    ids: Tensor,
+    embeddings: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    target: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Squared errors of n predictions, (n,), and their gradient by the embeddings (n, k, D).
+
+    Each embedding's backward starts from a gradient of one size, so that none vanishes in half
+    precision. Where the model gives no finite numbers, the gradient is 0. Needs gradients enabled.
+    """
+    leaf = embeddings.requires_grad_()
+    phi = model.predict(x_t, t, space.encode(ids, leaf, FIRST))
+    error = phi.detach().float() - target.float()  # (n, C, h, w)
+    losses = error.square().flatten(1).mean(dim=1)  # (n,)
+    start = (2 * error / error[0].numel()).nan_to_num(0, 0, 0)  # the losses' derivative by phi
+    powers = [backward_scale(each, GRADIENT_RMS) for each in start]
+    scales = torch.tensor(powers, device=start.device).reshape(-1, 1, 1, 1)
+    (gradient,) = torch.autograd.grad(phi, leaf, (scales * start).to(phi.dtype))
+    return losses, (gradient / scales.squeeze(-1)).nan_to_num(0, 0, 0)
+
+
+def rounded(loss: Tensor) -> float | None:
+    """A loss as records have it, with six digits; None where it is not finite."""
+    return float(f"{loss:.6g}") if math.isfinite(loss) else None
+
+
 class _Search:
     """One batch's search: its variables, and what became of each prompt so far."""
 
     def __init__(
-        self, model: DiffusionModel, edit: WeightEdit, attack: Attack, victims: Victims
+        self, model: DiffusionModel, edit: WeightEdit, attack: TokenAttack, victims: Victims
     ) -> None:
         self._model, self._edit, self._attack, self._victims = model, edit, attack, victims
         self._space = model.token_space()
@@ -139,31 +249,14 @@ class _Search:
             variables = torch.stack([self._variables[row] for row in rows])  # (n, k, ...)
             generators = [self._victims.generators[row] for row in rows]
             embeddings = self._attack.embed(self._space, variables, generators)  # (n, k, D)
-            losses, gradient = self._loss(embeddings.detach(), step, rows, x_t, target)
+            given = self._space, self._ids[list(rows)], embeddings.detach()
+            at = x_t, self._visited[step], target
+            losses, gradient = prediction_errors(self._model, *given, *at)
             embeddings.backward(gradient)
         self._optimiser.step()
-        for row, loss in zip(rows, losses.tolist(), strict=True):
+        for row, loss in zip(rows, losses, strict=True):
             self._attack.confine(self._variables[row])
-            self._losses[row].append(float(f"{loss:.6g}") if math.isfinite(loss) else None)
-
-    def _loss(
-        self, embeddings: Tensor, step: int, rows: Sequence[int], x_t: Tensor, target: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Each prompt's squared error, (n,), and its gradient by its embeddings, (n, k, D).
-
-        Each prompt's backward starts from a gradient of one size, so that none vanishes in half
-        precision. Where the edited model gives no finite numbers, the gradient is 0.
-        """
-        leaf = embeddings.requires_grad_()
-        conditioning = self._space.encode(self._ids[list(rows)], leaf, FIRST)
-        phi = self._model.predict(x_t, self._visited[step], conditioning)
-        error = phi.detach().float() - target.float()  # (n, C, h, w)
-        losses = error.square().flatten(1).mean(dim=1)  # (n,)
-        start = (2 * error / error[0].numel()).nan_to_num(0, 0, 0)  # the losses' derivative by phi
-        powers = [backward_scale(each, GRADIENT_RMS) for each in start]
-        scales = torch.tensor(powers, device=start.device).reshape(-1, 1, 1, 1)
-        (gradient,) = torch.autograd.grad(phi, leaf, (scales * start).to(phi.dtype))
-        return losses, (gradient / scales.squeeze(-1)).nan_to_num(0, 0, 0)
+            self._losses[row].append(rounded(loss))
 
     @torch.no_grad()
     def _adversarial(self, rows: Sequence[int]) -> Tensor:

@@ -22,9 +22,9 @@ from cad.identity import describe_runtime
 from cad.models.base import DiffusionModel
 from cad.store import Notes, Store, read_tensors, write_tensors
 from cad.weight_edit import WeightEdit
-from evaluation.attacks.base import Attack
+from evaluation.attacks.base import Attack, Outcome
 from evaluation.attacks.judge import EvaluatorJudge
-from evaluation.attacks.search import VERSION, Outcome, search
+from evaluation.attacks.search import VERSION, search
 from evaluation.pixels import Pixels
 from evaluation.prompts import Prompt
 from evaluation.sampler import Batch, SamplerSettings, plan_batches
@@ -47,9 +47,9 @@ class AttackStore(Store):
     ) -> list[Outcome]:
         """The outcome of each prompt, in their order; batches that are in the folder are read.
 
-        `images` are the unedited model's of the prompts, for an attack that uses them. Leaves the
-        model and the global random state as found. Raises UserError as `search`, and for a folder
-        that cannot be written to or locked.
+        `images` are the unedited model's that the attack looks at, one for each prompt, if it does.
+        Leaves the model and the global random state as found. Raises UserError as `search`, and for
+        a folder that cannot be written to or locked.
         """
         batched = replace(settings, batch_size=attack.batch_size)
         shared = {
@@ -61,7 +61,7 @@ class AttackStore(Store):
             **describe_runtime(model.device),
         }
         outcomes: dict[int, Outcome] = {}
-        steps, looks = attack.timesteps, attack.uses_images
+        steps, looks = attack.tries, attack.uses_images
         with tqdm(desc=attack.name, total=len(prompts) * steps, unit="step", disable=None) as bar:
             for batch in plan_batches(model, prompts, batched):
                 own = replace(batched, guidance=batch.guidance)

@@ -20,10 +20,11 @@ from torch import Generator, Tensor
 
 from cad.models.base import DiffusionModel
 from cad.models.conditioning import TokenSpace
-from evaluation.attacks.base import Aim, Attack, Victims
+from evaluation.attacks.base import Victims
+from evaluation.attacks.search import Aim, TokenAttack
 
 
-class UnlearnDiff(Attack):
+class UnlearnDiff(TokenAttack):
     """Variables: k distributions over the U usable tokens, (k, U), at first uniform."""
 
     name: ClassVar[str] = "unlearn_diff"

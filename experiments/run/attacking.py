@@ -1,4 +1,4 @@
-"""White-box attacks on the edited model: which prompts, who judges, and how many succeed.
+"""Attacks on the edited model: which prompts, who judges, and how many succeed.
 
 Two quantities: the share of prompts whose image shows the concept as it is (`success without
 attack`), and for each attack the share of those that show it in the end, these included, as the
@@ -19,10 +19,10 @@ import hydra
 from omegaconf import DictConfig
 
 from cad.errors import UserError
-from cad.models.base import DiffusionModel, check_gradient_checkpointing
+from cad.models.base import DiffusionModel
 from cad.weight_edit import WeightEdit
 from evaluation.attacks import search
-from evaluation.attacks.base import Attack
+from evaluation.attacks.base import Attack, Outcome
 from evaluation.attacks.judge import EvaluatorJudge
 from evaluation.attacks.store import AttackStore, record_of
 from evaluation.evaluators.base import BATCH_SIZE, Evaluator, Metric, wilson
@@ -65,10 +65,7 @@ class AttackPlan:
     def check(self, model: DiffusionModel, prompts: Sequence[Prompt]) -> None:
         """Raise UserError for a model, prompts or a judge that the attacks cannot work with."""
         for attack in self.attacks:
-            search.places(model.token_space(), prompts, attack.tokens)
-            attack.visited(model)
-            key = f"attacks.{attack.name}.gradient_checkpointing"
-            check_gradient_checkpointing(model, attack.gradient_checkpointing, key)
+            attack.check(model, prompts)
         EvaluatorJudge(copy.deepcopy(self.judge)).check(prompts)
 
     def run(
@@ -94,12 +91,12 @@ class AttackPlan:
         rows = _rows(WITHOUT_ATTACK, judge.version, prompts, shown)
         left = [index for index, visible in enumerate(shown) if not visible]
         attacked = [prompts[index] for index in left]
-        unedited = self._unedited(model, prompts, sampler, left)
         store = AttackStore(self.store)
         records: list[dict[str, Any]] = []
         pictures: dict[str, dict[int, Pixels]] = {}
         for attack in self.attacks:
-            made = store.attack(model, edit, attack, attacked, sampler, judge, unedited)
+            seen = self._unedited(model, attack, prompts, sampler, left)
+            made = store.attack(model, edit, attack, attacked, sampler, judge, seen)
             found = dict(zip(left, made, strict=True))
             version = f"{attack.name}-{attack.version}/{judge.version}"
             success = [visible or found[index].success for index, visible in enumerate(shown)]
@@ -113,14 +110,16 @@ class AttackPlan:
     def _unedited(
         self,
         model: DiffusionModel,
+        attack: Attack,
         prompts: Sequence[Prompt],
         sampler: SamplerSettings,
         left: Sequence[int],
     ) -> list[Pixels]:
-        """The unedited model's images of the prompts `left`, where an attack looks at them."""
-        if not left or not any(attack.uses_images for attack in self.attacks):
+        """The unedited model's images that the attack on the prompts `left` looks at, if any."""
+        if not left or not attack.uses_images:
             return []
-        images = generate(model, prompts, sampler, self.images)  # all: one set for every edit
+        pictured = attack.pictured(prompts)  # all: one set for every edit
+        images = generate(model, pictured, sampler, self.images)
         return [images.read(index) for index in left]
 
 
@@ -160,9 +159,7 @@ def judge_node(cfg: DictConfig) -> DictConfig:
     )
 
 
-def _record(
-    attack: Attack, index: int, prompt: Prompt, outcome: search.Outcome | None
-) -> dict[str, Any]:
+def _record(attack: Attack, index: int, prompt: Prompt, outcome: Outcome | None) -> dict[str, Any]:
     """A line of the records; of a prompt that succeeded without attack if there is no outcome."""
     origin = {"attack": attack.name, "index": index, "prompt": prompt.text, "seed": prompt.seed}
     origin |= {"group": prompt.group, **prompt.own_settings()}

@@ -18,8 +18,7 @@ CELL = 128  # pixels of an image in the picture
 GAP = 4  # pixels between images
 LABEL = 26  # pixels of the line above each column
 MARGIN = 56  # pixels left of each row
-NAME_MARGIN = 130  # likewise, of rows with an edit's name and ratio
-ATTACK_MARGIN = 90  # likewise, of rows with longer names
+NAME_MARGIN = 130  # likewise, of rows with longer names: an edit's with its ratio, an attack's
 TARGET_COLUMNS = 4
 OTHER_COLUMNS = 6
 ATTACK_COLUMNS = 8
@@ -91,7 +90,7 @@ def attack_picture(
     rows: dict[str, list[Pixels | None]] = {"no attack": [originals.read(i) for i in columns]}
     rows |= {name: [images.get(i) for i in columns] for name, images in attacked.items()}
     labels = [originals.prompts[index].group for index in columns]
-    _write_grid(rows, labels, ATTACK_MARGIN, path, mask)
+    _write_grid(rows, labels, NAME_MARGIN, path, mask)
 
 
 def loss_curve(history: Sequence[Mapping[str, float]], path: Path) -> None:

@@ -9,9 +9,9 @@ import pytest
 
 from cad.weight_edit import WeightEdit
 from evaluation.attacks import store
+from evaluation.attacks.base import Outcome
 from evaluation.attacks.judge import EvaluatorJudge
 from evaluation.attacks.p4d import P4D
-from evaluation.attacks.search import Outcome
 from evaluation.attacks.store import AttackStore
 from evaluation.attacks.unlearn_diff import UnlearnDiff
 from evaluation.evaluators.base import Evaluator

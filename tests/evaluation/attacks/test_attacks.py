@@ -19,7 +19,7 @@ from cad.weight_edit import Scale, WeightEdit
 from evaluation.attacks.base import Victims
 from evaluation.attacks.p4d import P4D
 from evaluation.attacks.random_tokens import RandomTokens
-from evaluation.attacks.search import _Search, search
+from evaluation.attacks.search import prediction_errors, search
 from evaluation.attacks.unlearn_diff import UnlearnDiff, project_onto_simplex
 from evaluation.prompts import Prompt
 from evaluation.sampler import SamplerSettings, to_pixels
@@ -254,15 +254,14 @@ def test_unlearn_diff_draws_tokens_and_cuts_their_gradients(tiny_model):
 
 def test_losses_and_gradients_are_the_plain_ones(tiny_model):
     attack, own = ON_IMAGE(**SMALL), victims(tiny_model)
-    search_ = _Search(tiny_model, weakened(tiny_model), attack, own)
     space = tiny_model.token_space()
     embeddings = torch.randn(2, 2, space.vocabulary.shape[1])
     x_t, target = attack.aim(tiny_model, own)(1, [0, 2])[0]
-    with torch.enable_grad():
-        losses, gradient = search_._loss(embeddings.clone(), 1, [0, 2], x_t, target)
-    leaf = embeddings.requires_grad_()
     ids = space.prepend([TEXTS[0], TEXTS[2]], 2)
     t = attack.visited(tiny_model)[1]
+    given = space, ids, embeddings.clone(), x_t, t, target
+    losses, gradient = prediction_errors(tiny_model, *given)
+    leaf = embeddings.requires_grad_()
     phi = tiny_model.predict(x_t, t, space.encode(ids, leaf))
     plain = (phi - target).square().mean(dim=(1, 2, 3))  # (2,)
     plain.sum().backward()

@@ -18,6 +18,7 @@ from cad.models.random_weights import random_pipeline
 from cad.models.stable_diffusion_xl import StableDiffusionXLModel
 from cad.weight_edit import NO_EDIT
 from evaluation.attacks.base import Attack
+from evaluation.attacks.search import TokenAttack
 from evaluation.evaluators.base import Evaluator
 from evaluation.prompts import Prompt
 from experiments.run import attacking, configuration
@@ -31,6 +32,8 @@ from experiments.run.results import read_json, read_lines
 NAMES = [path.stem for path in sorted((CONF / "attack").glob("*.yaml"))]
 ALONE = ("evaluator=[]", "+evaluator={}")
 BOTH = "attack=[p4d,unlearn_diff]"
+PROBES = ("sdedit", "inpainting", "learned_token")
+TOKENS = [name for name in NAMES if not name.startswith(PROBES)]
 
 
 @functools.cache
@@ -52,11 +55,23 @@ def test_attack(name: str) -> None:
     settings = json.loads(json.dumps(attack.settings()))
     assert settings["attack"] == name
     assert "gradient_checkpointing" not in settings
-    assert {"tokens", "timesteps", "iterations", "lr", "batch_size", "version"} <= settings.keys()
-    assert {"optimizer", "weight_decay", "retokenize"} <= settings.keys()
+    assert {"iterations", "batch_size", "version"} <= settings.keys()
+    assert isinstance(attack, TokenAttack) == (name in TOKENS)
+    if name in TOKENS:
+        assert {"tokens", "timesteps", "lr"} <= settings.keys()
+        assert {"optimizer", "weight_decay", "retokenize"} <= settings.keys()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PROBES)
+def test_every_probe_has_its_control(name: str) -> None:
+    """It differs in the pictures alone, which are of the next concept."""
+    chosen = compose(f"attack=[{name},{name}_control]", "concept=church")
+    attack, control = plan_attacks(chosen).attacks
+    assert (attack.name, control.name) == (name, f"{name}_control")
+    assert vars(control) == vars(attack) | {"name": control.name, "other": "French horn"}
+
+
+@pytest.mark.parametrize("name", TOKENS)
 @pytest.mark.parametrize(
     ("model", "concept", "tokens"),
     [
@@ -196,6 +211,30 @@ def test_a_run_with_attacks_alone(weights: Path, tmp_path: Path, stubborn: list[
     assert len(made) == 2  # no other images than it needs
     assert NO_EDIT in made
     assert experiment.folder.is_complete()
+
+
+def test_a_run_with_probes(weights: Path, tmp_path: Path, stubborn: list[int]) -> None:
+    """Controls look at other pictures, which are drawn once; a second run learns nothing anew."""
+    chosen = ",".join(f"{name},{name}_control" for name in PROBES)
+    overrides = (f"attack=[{chosen}]", "concept=church", "edit=uce", *ALONE, "prompts=objects")
+    more = ("debug=tiny", "model.images_per_class=3", "attack.limit=3", "edit.preserve=[day]")
+    places = (f"paths.miniature={weights}", f"paths.results={tmp_path}", "limit=null")
+    final = run(prepare(compose(*overrides, *more, *places)))
+    records = read_lines(final / "attacks.jsonl")
+    assert [record["success"] for record in records] == [False, True, False] + 15 * [True]
+    assert [record["iterations"] for record in records[::3]] == [0, 0, 0, 0, 2, 2]
+    assert stubborn == [3, *6 * [2]]
+    metrics = read_json(final / "metrics.json")
+    rates = [row for row in metrics["metrics"] if row["scope"] == "target"]
+    names = [f"{name}{kind}_success_rate" for name in PROBES for kind in ("", "_control")]
+    assert [row["name"] for row in rates[1:]] == names
+    assert all(0 <= row["low"] <= row["value"] <= row["high"] <= 1 for row in rates)
+    drawn = [read_json(path)["prompts"] for path in (tmp_path / "images").glob("*/set.json")]
+    texts = sorted(prompts[0][0] for prompts in drawn)
+    assert texts == ["French horn", "an image of a church", "an image of a church"]
+    kept = len(list((tmp_path / "attacks").glob("*.safetensors")))
+    run(prepare(compose(*overrides, *more, *places, "safety.mask=false")))
+    assert len(list((tmp_path / "attacks").glob("*.safetensors"))) == kept == 8
 
 
 def test_a_model_that_cannot_be_attacked_is_refused_by_name() -> None:
