@@ -3,21 +3,24 @@
 The value projections of cross-attention read the concept's last token c as a guide's g, and change
 nothing that the kept tokens k and the empty text's e have a part in: Delta minimises
 
-    mean over i of ||(W + Delta) c_i - W g_i||^2 + s ||Delta||^2,  Delta k = 0,  Delta e = 0.
+    mean of ||(W + Delta) c - W g||^2 + s ||Delta||^2,  Delta k = 0,  Delta e = 0,
 
-With P the projector on those eigenvectors of mean k k^T whose eigenvalue is below a threshold, with
-A = mean c c^T and S = P (A P + s I)^-1,
+the mean over concepts (several tokens of one are added up). With P the projector on those
+eigenvectors of mean k k^T whose eigenvalue is below a threshold, with A = mean c c^T, B = mean
+(g - c) c^T and S = P (A P + s I)^-1,
 
-    Delta = W (mean (g - c) c^T) (S - S E^T (E S E^T)^-1 E S).
+    Delta = W B (S - S E^T (E S E^T)^-1 E S).
 
-Which k count, each layer says for itself. Filtering: those that an update without constraints, W
-(mean (g - c) c^T) (A + I)^-1, moves by more than the mean. Augmentation: of each of them copies
-that are moved by normal noise along W's last right singular vector, which W hardly reads; again
-those that the update moves by more than the mean. The rows of E are the start token and three
-k-means centres of the empty text's other positions.
+Which k count, each layer says for itself. Filtering: those that an update without constraints, W B
+(A + I)^-1, moves by more than the mean. Augmentation: of each of them copies that are moved by
+normal noise along W's last right singular vector, which W hardly reads; again those that the update
+moves by more than the mean. The rows of E are the start token and three k-means centres of the
+empty text's other positions.
 
-As released. Ours: solves in float64, a pseudo-inverse for E's (the release inverts what is singular
-where E lies among what is kept), and k-means that starts from evenly spaced positions.
+The closed form, the filter, the noise and the constraints are the paper's; tokens, eigenvalues and
+centres as released. Ours: solves in float64, a pseudo-inverse for E's (the release inverts what is
+singular where E lies among what is kept), k-means that starts from evenly spaced positions, and one
+mean for all copies (the release: for those of 128 kept texts at a time).
 """
 
 from __future__ import annotations
@@ -50,6 +53,7 @@ class SPEED(Edit):
     """Maps `concept.text` to the guide. UserError for a value that is not allowed."""
 
     name: ClassVar[str] = "speed"
+    version: ClassVar[int] = 2
 
     guide: str  # read in place of the concept
     preserve: Sequence[str]  # texts to keep, but for those of the erased concepts
@@ -85,28 +89,26 @@ class SPEED(Edit):
         encoded = encode(model, [self.guide, "", *(each.text for each in concepts), *kept])
         guide, empty = encoded[self.guide], encoded[""].states
         pairs = [aligned(encoded[each.text], guide, self.positions) for each in concepts]
-        c, g = (torch.cat(states).double() for states in zip(*pairs, strict=True))  # (n, D) both
+        a, b = moments([(c.double(), g.double()) for c, g in pairs])  # (D, D) both
         k = torch.cat([to_keep(encoded[each], self.positions) for each in kept]).double()  # (m, D)
         e = invariants(empty.double())  # (4, D)
         found: dict[str, Tensor] = {}
         for name, weight in weights.items():
             if any(part in name for part in WEIGHTS[self.weights]):
                 (generator,) = make_generators([self.seed], salt=f"{self.name}-{name}")
-                refined = self._refined(weight.double(), c, g, k, generator)
-                update = null_space_update(c, g, refined, e, self.threshold, self.regularisation)
+                refined = self._refined(weight.double(), a, b, k, generator)
+                update = null_space_update(a, b, refined, e, self.threshold, self.regularisation)
                 found |= updated({name: weight}, update)
         return found
 
     def _refined(
-        self, weight: Tensor, c: Tensor, g: Tensor, k: Tensor, generator: torch.Generator
+        self, weight: Tensor, a: Tensor, b: Tensor, k: Tensor, generator: torch.Generator
     ) -> Tensor:
         """The states to keep for one projection (out, D): rows of k that count, and copies."""
         if not self.augmentations:
             return k
-        identity = torch.eye(c.shape[1], dtype=c.dtype, device=c.device)
-        erasing = weight @ torch.linalg.solve(
-            c.T @ c / len(c) + identity, (g - c).T @ c / len(c), left=False
-        )  # (out, D)
+        identity = torch.eye(len(a), dtype=a.dtype, device=a.device)
+        erasing = weight @ torch.linalg.solve(a + identity, b, left=False)  # (out, D)
         if self.filtered:
             k = _most_moved(k, erasing)
         unread = torch.linalg.svd(weight, full_matrices=False).Vh[-1]  # (D,)
@@ -115,21 +117,27 @@ class SPEED(Edit):
         return torch.cat([k, _most_moved(copies, erasing)])
 
 
+def moments(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """A and B (D, D) of the module's head: pairs of a concept's states and its guide's (n, D)."""
+    a = torch.stack([c.T @ c for c, _ in pairs]).mean(dim=0)
+    return a, torch.stack([(g - c).T @ c for c, g in pairs]).mean(dim=0)
+
+
 def null_space_update(
-    c: Tensor, g: Tensor, k: Tensor, e: Tensor, threshold: float, near: float
+    a: Tensor, b: Tensor, k: Tensor, e: Tensor, threshold: float, near: float
 ) -> Tensor:
     """M (D, D) of the update W + W M, as the module's head has it; all float64.
 
-    c and g (n, D) the states to erase and their guides', k (m, D) and e (4, D) those to keep.
+    a and b (D, D) are `moments`, k (m, D) and e (4, D) the states to keep.
     """
     values, vectors = torch.linalg.eigh(k.T @ k / len(k))
     free = vectors[:, values < threshold]  # (D, f)
     p = free @ free.T
     identity = torch.eye(len(p), dtype=p.dtype, device=p.device)
-    s = torch.linalg.solve(c.T @ c / len(c) @ p + near * identity, p, left=False)  # (D, D)
+    s = torch.linalg.solve(a @ p + near * identity, p, left=False)  # (D, D)
     within = e @ s @ e.T
     s = s - s @ e.T @ torch.linalg.pinv((within + within.T) / 2, hermitian=True) @ e @ s
-    update: Tensor = (g - c).T @ c / len(c) @ s
+    update: Tensor = b @ s
     return update
 
 
