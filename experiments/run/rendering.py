@@ -141,11 +141,12 @@ def compare_runs(results: Sequence[dict[str, Any]]) -> tuple[pd.DataFrame, str]:
 
 
 def find_metric(
-    metrics: dict[str, Any], name: str, scope: str, state: str
+    metrics: dict[str, Any], name: str, scope: str, state: str, group: str | None = None
 ) -> dict[str, Any] | None:
-    """The aggregate of a metric over a scope ("target", "others", "general"), or None."""
+    """The aggregate of a metric over a scope ("target", "others", "general"; "group"), or None."""
     for row in metrics["metrics"]:
-        if (row["name"], row["scope"], row["state"]) == (name, scope, state):
+        found_group = group is None or row["group"] == group
+        if found_group and (row["name"], row["scope"], row["state"]) == (name, scope, state):
             found: dict[str, Any] = row
             return found
     return None

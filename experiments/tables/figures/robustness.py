@@ -1,14 +1,15 @@
 """Robustness: erasing, keeping, and what brings a concept back, of every method beside the others.
 
 All is in percent, the more the better: of what is to stay, what stayed; of the concept, what is
-gone. Methods are ranked by the harmonic mean of these.
+gone. Methods are ranked by the harmonic mean of some of these. A quantity none of whose runs is
+finished has no column.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import pandas as pd
@@ -23,7 +24,7 @@ from experiments.run.results import read_json
 from experiments.tables.exhibit import EDIT, ListedRun
 from experiments.tables.figures.drawing import Drawing
 
-STATE = "state"  # the axis of what is done to the edited model
+STATE, CONCEPT = "state", "concept"  # axes: what is done to the edited model, what was erased
 MARKERS = "os^vD<>px*+"
 
 
@@ -34,43 +35,54 @@ class Quantity:
     state: str
     metric: str
     scope: str = "target"
+    groups: Mapping[str, Sequence[str | None]] = field(default_factory=dict)  # by concept: these
+    when: str = "after"  # the edit, or "before" it
     gone: bool = True  # 100 % less the metric
-    ranks: bool = True  # a part of the harmonic mean; controls are not
+    ranks: bool = True  # a part of the harmonic mean
+    control: bool = False  # no part of the mean, nor of the picture
 
 
 def draw_robustness(
     runs: Sequence[ListedRun], quantities: Mapping[str, Mapping[str, Any]]
 ) -> Drawing:
-    """Parallel coordinates of means over concepts, a line for each method, and all as a table.
+    """Parallel coordinates of means over concepts, a line for each method; all as a table.
 
     quantities: headings with the fields of `Quantity`; time is of the runs of the first one's
-    state. The axes are "edit" and "state".
+    state. The axes are "edit", "concept" and "state".
     """
+    found_states = {run.place[STATE] for run in runs}
     columns = {name: Quantity(**given) for name, given in quantities.items()}
+    columns = {name: each for name, each in columns.items() if each.state in found_states}
+    ranking = [name for name, each in columns.items() if each.ranks and not each.control]
     measured, rows, data = {}, [], []
     for edit in dict.fromkeys(run.place[EDIT] for run in runs):
         own = [run for run in runs if run.place[EDIT] == edit]
         found = {name: mean(own, column) for name, column in columns.items()}
         measured[edit] = {name: each for name, each in found.items() if each is not None}
-        overall = harmonic([found[name] for name, column in columns.items() if column.ranks])
-        time = seconds(own, next(iter(columns.values())).state)
+        overall = harmonic([found[name] for name in ranking])
+        time = seconds(own, next(iter(quantities.values()))["state"])
         cells = [*(_cell(each) for each in found.values()), time, _cell(overall)]
         rows.append((overall.value if overall else -1.0, [display(edit), *cells]))
         data += [{"edit": edit, "quantity": k, **asdict(m)} for k, m in measured[edit].items()]
     rows.sort(key=lambda row: -row[0])
     heads = ["method", *(f"{name}, %" for name in columns), "time, s", "harmonic mean, %"]
     says = [
-        "Means over concepts, with 95 % intervals; harmonic mean: of all columns but controls and "
-        "time, its interval by the method of Zou and others, with the mean's derivatives."
+        "Means over concepts, with 95 % intervals, of time with the least and the most; harmonic "
+        f"mean: of {', '.join(ranking)}, its interval by the method of Zou and others, with the "
+        "mean's derivatives."
     ]
+    near = {k: v for each in columns.values() for k, v in each.groups.items()}
+    says += [f"Neighbours: {_listed(near)}."] if near else []
     table = pd.DataFrame([cells for _, cells in rows], columns=heads)
-    return Drawing(_parallel(measured, list(columns)), pd.DataFrame(data), says, table)
+    shown = [name for name, each in columns.items() if not each.control]
+    return Drawing(_parallel(measured, shown), pd.DataFrame(data), says, table)
 
 
 def seconds(runs: Sequence[ListedRun], state: str) -> str:
-    """The mean time of making the edits of a state, as a cell."""
-    costs = [read_json(run.folder / "cost.json") for run in runs if run.place[STATE] == state]
-    return f"{sum(each['seconds'] for each in costs) / len(costs):.1f}" if costs else DASH
+    """The mean time of making the edits of a state, the least and the most, as a cell."""
+    own = [run for run in runs if run.place[STATE] == state]
+    times = [read_json(run.folder / "cost.json")["seconds"] for run in own]
+    return _cell(Interval(sum(times) / len(times), min(times), max(times)) if times else None)
 
 
 def mean(runs: Sequence[ListedRun], column: Quantity) -> Metric | None:
@@ -78,13 +90,13 @@ def mean(runs: Sequence[ListedRun], column: Quantity) -> Metric | None:
     found = []
     for run in runs:
         if run.place[STATE] == column.state:
-            row = find_metric(
-                read_json(run.folder / "metrics.json"), column.metric, column.scope, "after"
-            )
-            if row is None:
-                return None
-            known = {key: row[key] for key in Metric.__dataclass_fields__}
-            found.append(percent(Metric(**known), column.gone))
+            metrics = read_json(run.folder / "metrics.json")
+            for group in column.groups.get(run.place[CONCEPT], [None]):
+                row = find_metric(metrics, column.metric, column.scope, column.when, group)
+                if row is None:
+                    return None
+                known = {key: row[key] for key in Metric.__dataclass_fields__}
+                found.append(percent(Metric(**known), column.gone))
     return mean_of_groups(found) if found else None
 
 
@@ -119,7 +131,8 @@ def harmonic(found: Sequence[Metric | None]) -> Interval | None:
 def _parallel(measured: Mapping[str, Mapping[str, Metric]], names: Sequence[str]) -> Canvas:
     canvas = new_canvas(1.5 * len(names) + 3, 4.2)
     panel, colours = canvas.subplots(), colormaps["tab10"]
-    for i, (edit, found) in enumerate(measured.items()):
+    for i, (edit, every) in enumerate(measured.items()):
+        found = {name: every[name] for name in names if name in every}
         at = [names.index(name) + 0.03 * (i - len(measured) / 2) for name in found]
         ends = [(m.value - m.low, m.high - m.value) for m in found.values()]
         panel.errorbar(
@@ -135,6 +148,12 @@ def _parallel(measured: Mapping[str, Mapping[str, Metric]], names: Sequence[str]
     panel.set(ylabel="%, the more the better", ylim=(-3, 103))
     canvas.legend(loc="outside right upper", fontsize="small")
     return canvas
+
+
+def _listed(groups: Mapping[str, Sequence[str | None]]) -> str:
+    """ "of church French horn and tench; of ..."."""
+    words = {k: " and ".join(display(each) for each in v if each) for k, v in groups.items()}
+    return "; ".join(f"of {display(concept)} {names}" for concept, names in words.items())
 
 
 def _cell(found: Metric | Interval | None) -> str:

@@ -266,6 +266,9 @@ def test_a_figure_of_nothing_is_a_dash() -> None:
     assert f"Not run yet: {len(runs)} runs of {len(runs)}." in rendering.notes
 
 
+NEAR = {"tench": 30.0, "gas_pump": 50.0}
+
+
 def robustness_run(
     runs: Path, edit: str, state: str, concept: str, target: float, **changed: Any
 ) -> ListedRun:
@@ -273,6 +276,8 @@ def robustness_run(
         row(value, value - 5, value + 5, scope=scope, n=20, **changed)
         for scope, value in (("target", target), ("others", 80.0))
     ]
+    rows += [row(g, g, g, scope="group", group=name, n=20) for name, g in NEAR.items()]
+    rows.append(row(90.0, 85.0, 95.0, state="before", n=20))
     place = {"model": "sd14", "concept": concept, "edit": edit, "state": state}
     return finished_run(runs, f"{edit}-{state}-{concept}", rows, place=place)
 
@@ -304,7 +309,45 @@ def test_robustness_ranks_by_the_harmonic_mean(tmp_path: Path) -> None:
     ]
     assert uce["harmonic mean, %"].startswith(f"{3 / (1 / 70 + 1 / 80 + 1 / 40):.1f} [")
     assert drawing.table.set_index("method").loc["CAD-Erase", "harmonic mean, %"] == "–"
+    assert uce["time, s"] == "12.3 [12.3, 12.3]"
     assert save(drawing.canvas) == save(drawing.canvas)
+    assert "harmonic mean: of erased, kept, revived, its interval" in drawing.says[0]
+    assert list(drawing.table)[-2:] == ["time, s", "harmonic mean, %"]
+    assert [tick.get_text() for tick in drawing.canvas.axes[0].get_xticklabels()] == [*names[:3]]
+
+
+def test_robustness_tells_neighbours_and_what_was_there_before(tmp_path: Path) -> None:
+    groups = {"church": ["tench", "gas_pump"], "parachute": ["tench"]}
+    near = {"state": "edited", "metric": "accuracy", "scope": "group", "gone": False}
+    quantities = {
+        "neighbours": near | {"groups": groups},
+        "unedited": {"state": "edited", "metric": "accuracy", "when": "before", "control": True},
+        "implicit": {"state": "implicit", "metric": "accuracy"},
+    }
+    concepts = ("church", "parachute")
+    runs = [robustness_run(tmp_path, "uce", "edited", each, 0.0) for each in concepts]
+    drawing = draw_robustness(runs, quantities)
+    assert drawing.table is not None
+    (found,) = drawing.table.to_dict("records")
+    assert found["neighbours, %"].startswith("36.7 [")  # (30 + 50 + 30) / 3
+    assert found["unedited, %"].startswith("10.0 [")
+    assert "implicit, %" not in found
+    assert drawing.says[1] == "Neighbours: of Church Tench and Gas pump; of Parachute Tench."
+
+
+def test_implicit_prompts_are_listed_where_there_are_some(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(model: str | None) -> set[str]:
+        runs = composed_figure("robustness", model).list_runs()
+        return {run.refused for run in runs if run.place["state"] == "implicit"}
+
+    monkeypatch.setattr("experiments.tables.exhibit.CONF", tmp_path)
+    assert refused("mini") == {"there is no prompts=implicit"}
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts" / "implicit.yaml").touch()
+    assert refused("mini") == {""}
+    assert refused("sd14") == {"prompts=implicit is made for the miniature"}
 
 
 def test_harmonic_means_interval_is_that_of_its_only_part(tmp_path: Path) -> None:
