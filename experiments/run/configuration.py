@@ -229,7 +229,7 @@ def check_once(overrides: Sequence[str]) -> None:
     given = [(each.key_or_group, each.package) for each in parsed if not each.is_delete()]
     for (key, _), count in Counter(given).items():
         if count > 1:
-            told = " ".join(each.input_line for each in parsed if each.key_or_group == key)
+            told = " ".join(str(each.input_line) for each in parsed if each.key_or_group == key)
             raise UserError(f"{told}: {key} is given {count} values; give it one")
 
 
