@@ -107,7 +107,7 @@ def check_arguments(node: DictConfig, target: Callable[..., Any], place: str) ->
             raise UserError(f"{key} is unknown; {called} takes: {', '.join(parameters)}")
         if not _fits(value, hint):
             raise UserError(f"{key}={value} is not allowed; it is {_words(hint)}")
-        if name == "device":
+        if name == "device" and value not in ("auto", "cpu"):
             from cad.models.base import resolve_device  # PyTorch, which --help need not import
 
             resolve_device(value, key)

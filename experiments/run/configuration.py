@@ -169,12 +169,12 @@ def settle(cfg: DictConfig) -> DictConfig:
     return settled
 
 
-def check(cfg: DictConfig) -> None:
-    """Raise UserError for a value that cannot work, or a combination that makes no sense.
+def check(cfg: DictConfig) -> tuple[Any, ...]:
+    """The concepts. Raises UserError for a value that cannot work, or a senseless combination.
 
     What a part checks when it is made (`build`) is left to it.
     """
-    _check_chosen(cfg)
+    concepts = _check_chosen(cfg)
     _check_named(cfg)
     _check_values(plain(cfg))
     _check_concepts(cfg)
@@ -186,6 +186,7 @@ def check(cfg: DictConfig) -> None:
     optional(whole(1))("limit", cfg.limit)
     optional(whole(1))("attack.limit", cfg.attack.limit)
     _check_effect(cfg)
+    return concepts
 
 
 def check_concept(cfg: DictConfig, concept: DictConfig) -> None:
@@ -262,14 +263,15 @@ def adding(concept: DictConfig) -> str:
     return f"prompts={name} '+prompts.{key}.{concept.name}={concept.text}'"
 
 
-def _check_chosen(cfg: DictConfig) -> None:
+def _check_chosen(cfg: DictConfig) -> tuple[Any, ...]:
     for group in CHOSEN:
         if not isinstance(OmegaConf.select(cfg, group), DictConfig) or not cfg[group]:
             name = group.removesuffix("s") if group == "concepts" else group
             given = cfg.get(group)
             raise UserError(f"{name}={given} is not allowed; choose one of {choices(name)}")
-    build_each(cfg, "concepts")  # their names and kinds choose much of the rest
+    concepts = build_each(cfg, "concepts")  # their names and kinds choose much of the rest
     _check_sections(cfg, *OPTIONAL)
+    return concepts
 
 
 def _check_sections(cfg: DictConfig, *more: str) -> None:

@@ -139,7 +139,7 @@ def prepare(cfg: DictConfig) -> Experiment:
 
     Raises UserError for all that can be refused without loading weights or reading prompts.
     """
-    check(cfg)
+    concepts = check(cfg)
     cfg, attacks = settle(cfg), None
     if cfg.attacks:
         from experiments.run.attacking import plan_attacks  # with all that attacks need
@@ -152,7 +152,7 @@ def prepare(cfg: DictConfig) -> Experiment:
     experiment = Experiment(
         cfg=cfg,
         model=build(cfg.model.adapter),
-        concepts=build_each(cfg, "concepts"),
+        concepts=concepts,
         method=method,
         prompt_sets=needed_prompts(cfg, evaluators),
         sampler=build(cfg.model.sampler, SamplerSettings),
