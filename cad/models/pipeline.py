@@ -148,7 +148,8 @@ class PipelineModel(DiffusionModel):
         if kind not in SAMPLERS:
             one_of(SAMPLERS)("sampler.kind", kind)
         template = self._first_order if kind == "ddim" else self._scheduler
-        return Sampler(type(template).from_config(template.config), steps, self.device, eta)
+        schedule = type(template).from_config(template.config)
+        return Sampler(schedule, steps, self.denoiser.device, eta)
 
     @torch.no_grad()
     def encode_images(

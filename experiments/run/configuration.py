@@ -227,8 +227,8 @@ def check_results(cfg: DictConfig, *more: str) -> None:
 def check_once(overrides: Sequence[str]) -> None:
     """Raise UserError where a key is given two values, of which one would be lost."""
     parsed = OverridesParser.create().parse_overrides(list(overrides))
-    given = [(each.key_or_group, each.package) for each in parsed if not each.is_delete()]
-    for (key, _), count in Counter(given).items():
+    given = [(each.key_or_group, each.package, each.type) for each in parsed]
+    for (key, *_), count in Counter(given).items():
         if count > 1:
             told = " ".join(str(each.input_line) for each in parsed if each.key_or_group == key)
             raise UserError(f"{told}: {key} is given {count} values; give it one")

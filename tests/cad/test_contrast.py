@@ -209,5 +209,7 @@ def test_convolutions_are_not_compensated(tiny_model, church, monkeypatch):
     edit = CADContrast(
         attribution, SELECTION, preserve=PROMPTS, compensation=Compensation(samples=1)
     )
-    with pytest.raises(UserError, match=r"edit=contrast: edit.compensation is of linear layers"):
+    with pytest.raises(
+        UserError, match=r"edit=contrast: edit.compensation.samples=1 is for linear layers"
+    ):
         edit(tiny_model, church)

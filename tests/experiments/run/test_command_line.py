@@ -81,7 +81,7 @@ def test_a_multirun_tells_how_many_are_done_and_the_time_to_go(
 ) -> None:
     launcher = {"_target_": "hydra._internal.core_plugins.basic_launcher.BasicLauncher"}
     task = ["concept=church,tench", "seed=range(0,3)", "edit=uce"]
-    told = {"overrides": {"task": task}, "launcher": launcher, "job": {"num": 1}}
+    told = {"overrides": {"task": task, "hydra": []}, "launcher": launcher, "job": {"num": 1}}
     told |= {"sweep": {"dir": str(tmp_path)}}
     config = OmegaConf.create({"hydra": told, "paths": {"results": str(tmp_path)}})
     ends, clock = JobEnds(), iter((100.0, 130.0))

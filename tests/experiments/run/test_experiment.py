@@ -90,7 +90,8 @@ def test_what_does_not_change_the_result_keeps_the_hash(override: str) -> None:
     assert identify(override) == identify()
 
 
-def test_all_gpus_are_one_device() -> None:
+def test_all_gpus_are_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     prepared = prepare(compose())
     identities = []
     for device in ("cuda", "cuda:0", "cuda:1", "cpu"):
@@ -164,7 +165,10 @@ def test_local_weights_enter_by_content_not_by_place(weights: Path, tmp_path: Pa
         (("evaluator=[clip_score]", "model.prompts.general=null"), r"set model\.prompts\.general"),
         (("attack=p4d", "attack.tokens=0"), r"attack\.tokens=0"),
         (("attack=p4d", "attacks.p4d.lr=fast"), r"attacks\.p4d\.lr=fast .* a number"),
-        (("attack=p4d", "+attacks.p4d.foo=1"), r"p4d\.foo is unknown; P4D takes: tokens, .*states"),
+        (
+            ("attack=p4d", "+attacks.p4d.foo=1"),
+            r"p4d\.foo is unknown; P4D takes: .*tokens, .*states",
+        ),
         (
             ("attack=random_tokens", "+attacks.random_tokens.lr=1"),
             r"random_tokens\.lr is unknown; RandomTokens takes: tokens, tries, retokenize, batch",
