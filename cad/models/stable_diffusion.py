@@ -52,7 +52,7 @@ class StableDiffusionModel(PipelineModel):
         self, prompts: Sequence[str], *, truncate: bool = False, apart: bool = False
     ) -> Conditioning:
         (text,) = self.texts
-        return text.encode(prompts, self.denoiser.device, truncate=truncate, apart=apart)
+        return text.encode(prompts, self.device, truncate=truncate, apart=apart)
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         states = conditioning.tensors["states"]
