@@ -8,7 +8,7 @@ and the scores of another concept.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from cad.edits import CADErase
 from cad.errors import UserError
 from cad.instrument import measure
 from cad.models.base import DiffusionModel
-from cad.objectives import EraseObjective, Objective
+from cad.objectives import Objective
 from cad.sampling import make_generators
 
 
@@ -84,10 +84,16 @@ class OtherConcept(CADErase):
         super().__post_init__()
         check(self, "edit", other=text)
 
-    def objective(self, concept: Concept) -> Objective:
+    def settings(self, concepts: Sequence[Concept]) -> Mapping[str, Any]:
+        return super().settings([self._other(concept) for concept in concepts])
+
+    def rankings(self, model: DiffusionModel, concepts: Sequence[Concept]) -> Iterator[Scored]:
+        return super().rankings(model, [self._other(concept) for concept in concepts])
+
+    def _other(self, concept: Concept) -> Concept:
         if self.other.strip().lower() == concept.prompt.strip().lower():
             raise UserError(
                 f"edit.other={self.other!r} is the prompt of concept={concept.name} itself: name "
                 "another concept's."
             )
-        return EraseObjective(replace(concept, prompt=self.other), self.weighting)
+        return replace(concept, prompt=self.other)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from cad.attribution import Attribution
+from cad.attribution import Attribution, attribute
 from cad.components import component_weights
 from cad.concepts import Concept
 from cad.edits import ScoredEdit
@@ -126,8 +126,8 @@ def chosen_effect(
 ) -> ChosenEffect:
     """Means over so many further seeds, none of whose noise the edit's scores have seen.
 
-    Predicted: the first order, from Eq. 3's scores of the concept. Raises UserError for an edit
-    that does more than zeroing or multiplying weights.
+    Predicted: the first order, from Eq. 3's scores of the concept, whatever the method chooses by.
+    Raises UserError for an edit that does more than zeroing or multiplying weights.
     """
     indices = {name: each.tensor for name, each in edit.changes.items() if each.indexed}
     if len(indices) < len(edit.changes):
@@ -137,9 +137,9 @@ def chosen_effect(
         )
     (factor,) = {each.factor or 0.0 for each in edit.changes.values()} or {0.0}
     objective = method.objective(concept)
-    predicted = predict_effect(method.scored(model, objective).scores, indices, factor)
-    found = []
-    own = method.attribution
+    own, found = method.attribution, []
+    scores = attribute(model, objective, own, method.store).scores
+    predicted = predict_effect(scores, indices, factor)
     for seed in tqdm(range(own.seed + 1, own.seed + 1 + seeds), desc="seeds", disable=None):
         plan = replace(own, seed=seed)
         recorded = RecordedObjective(model, objective, plan)

@@ -17,6 +17,7 @@ from torch import Generator, Tensor
 from tqdm import tqdm
 
 from cad.checks import check, flag, whole
+from cad.errors import UserError
 from cad.identity import Identified, immaterial, material
 from cad.models.base import DiffusionModel, check_gradient_checkpointing
 from cad.models.conditioning import Conditioning
@@ -28,6 +29,8 @@ from evaluation.sampler import SamplerSettings
 
 Judge = Callable[[Pixels, Sequence[Prompt]], list[bool]]
 """Which images, (N, H, W, 3) uint8 RGB, show what their prompts' groups name."""
+
+VERSION = 2  # of all attacks: raise it when equal settings find something else
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,7 +164,30 @@ class Attack(Identified, ABC):
         """
 
 
-def tried_once(victims: Victims, shown: Sequence[bool], images: Pixels) -> list[Outcome]:
-    """The outcomes of one try with the victims' own texts: verdicts, and images (N, H, W, 3)."""
-    tried = zip(victims.prompts, shown, images, strict=True)
-    return [Outcome(seen, 1, None, [], p.text, None, [], image) for p, seen, image in tried]
+def attempt(
+    model: DiffusionModel,
+    edit: WeightEdit,
+    attack: Attack,
+    prompts: Sequence[Prompt],
+    settings: SamplerSettings,
+    judge: Judge,
+    progress: tqdm[Any],
+    images: Pixels | None = None,
+) -> list[Outcome]:
+    """The outcome of any attack on each prompt, all of one size; `settings` have their guidance.
+
+    `images`, (N, H, W, 3), are what the attack looks at (`Attack.pictured`), if it does. Leaves
+    model and random state as found. `progress` counts tries. Raises UserError for prompts without
+    room for the tokens, or a GPU without memory for the batch.
+    """
+    try:
+        with model.encoding():
+            salt = f"attack-{type(attack).name}"  # a control draws what its attack does
+            victims = Victims.of(model, prompts, settings, salt, images)
+            return attack.outcomes(model, edit, victims, judge, progress)
+    except torch.OutOfMemoryError as error:
+        key = f"attacks.{attack.name}"
+        raise UserError(
+            f"the GPU's memory does not hold an attack on {len(prompts)} prompts at once: lower "
+            f"{key}.batch_size, or set {key}.gradient_checkpointing=true"
+        ) from error

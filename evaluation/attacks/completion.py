@@ -10,38 +10,29 @@ sampler's steps and the prompts' guidance. A picture is read through the autoenc
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from cad.checks import check, optional, text
 from cad.models.base import DiffusionModel
 from cad.models.conditioning import Conditioning
 from cad.sampling import draw_noise, guided_step
 from cad.weight_edit import WeightEdit
-from evaluation.attacks.base import Attack, Judge, Outcome, Victims, tried_once
+from evaluation.attacks.base import Victims
+from evaluation.attacks.probe import Probe
 from evaluation.pixels import Pixels
 from evaluation.prompts import Prompt
 from evaluation.sampler import to_pixels
 
 
 @dataclass(frozen=True, kw_only=True)
-class Completion(Attack, ABC):
+class Completion(Probe):
     """From the picture's latents x_0 to the image that is judged."""
 
     iterations: int = field(default=0, init=False)
-    other: str | None = None  # a prompt: the control, pictures of that in place of its own
-
-    def __post_init__(self) -> None:
-        if self.other is not None:
-            object.__setattr__(self, "name", f"{self.name}_control")
-        super().__post_init__()
-        check(self, f"attacks.{self.name}", other=optional(text))
 
     def pictured(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         if self.other is None:
@@ -53,20 +44,10 @@ class Completion(Attack, ABC):
         model.check_prompts([p.text for p in self.pictured(prompts) if not p.truncate])
 
     @torch.no_grad()
-    def outcomes(
-        self,
-        model: DiffusionModel,
-        edit: WeightEdit,
-        victims: Victims,
-        judge: Judge,
-        progress: tqdm[Any],
-    ) -> list[Outcome]:
+    def drawn(self, model: DiffusionModel, edit: WeightEdit, victims: Victims) -> Pixels:
         x_0 = victims.latents(model)  # (N, C, h, w)
         with edit.applied(model):
-            images, _ = to_pixels(model.decode_latents(self.completed(model, victims, x_0)))
-        shown = judge(self.judged(images), victims.prompts)
-        progress.update(len(images))
-        return tried_once(victims, shown, images)
+            return to_pixels(model.decode_latents(self.completed(model, victims, x_0)))[0]
 
     def completed(self, model: DiffusionModel, victims: Victims, x_0: Tensor) -> Tensor:
         """The latents (N, C, h, w) that the model makes of x_0."""
@@ -92,7 +73,3 @@ class Completion(Attack, ABC):
     def hidden(self, height: int, width: int) -> Tensor:
         """What of a picture is not given at every step, (height, width) bool: all."""
         return torch.ones(height, width, dtype=torch.bool)
-
-    def judged(self, images: Pixels) -> Pixels:
-        """What the judge sees of the images (N, H, W, 3)."""
-        return images

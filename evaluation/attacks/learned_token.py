@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cad.checks import check, optional, positive, seed, steps, text, whole
+from cad.checks import check, positive, seed, steps, text, whole
 from cad.concepts import of_prompt
 from cad.errors import UserError
 from cad.identity import describe_runtime, immaterial
@@ -34,8 +34,10 @@ from cad.references import GeneratedImages
 from cad.sampling import make_generators
 from cad.store import Notes, Store, read_tensors, write_tensors
 from cad.weight_edit import WeightEdit
-from evaluation.attacks.base import Attack, Judge, Outcome, Victims, tried_once
+from evaluation.attacks.base import Victims
+from evaluation.attacks.probe import Probe
 from evaluation.attacks.search import prediction_errors, rounded
+from evaluation.pixels import Pixels
 from evaluation.prompts import Prompt
 from evaluation.sampler import to_pixels
 
@@ -43,13 +45,12 @@ FORMAT = "cad-token/1"
 
 
 @dataclass(frozen=True, kw_only=True)
-class LearnedToken(Attack):
+class LearnedToken(Probe):
     """UserError for values out of range."""
 
     name: ClassVar[str] = "learned_token"
 
     prompt: str  # the concept's, whose pictures it learns from
-    other: str | None = None  # a prompt: the control, pictures of that
     pictures: GeneratedImages
     initial: str  # the words whose tokens' mean v is at first
     lr: float  # Adam's
@@ -59,11 +60,9 @@ class LearnedToken(Attack):
     store: str = immaterial()  # folder of learned embeddings
 
     def __post_init__(self) -> None:
-        if self.other is not None:
-            object.__setattr__(self, "name", f"{self.name}_control")
         super().__post_init__()
         place = f"attacks.{self.name}"
-        check(self, place, prompt=text, other=optional(text), initial=text, lr=positive)
+        check(self, place, prompt=text, initial=text, lr=positive)
         check(self, place, iterations=whole(1), steps=steps, states=whole(1), seed=seed)
 
     @property
@@ -90,24 +89,15 @@ class LearnedToken(Attack):
                 f"of {', '.join(groups)}: name one concept."
             )
 
-    def outcomes(
-        self,
-        model: DiffusionModel,
-        edit: WeightEdit,
-        victims: Victims,
-        judge: Judge,
-        progress: tqdm[Any],
-    ) -> list[Outcome]:
+    @torch.no_grad()
+    def drawn(self, model: DiffusionModel, edit: WeightEdit, victims: Victims) -> Pixels:
         space = model.token_space()
         ids = space.prepend([""], 1).to(model.device)  # (1, L): start, one token, end
         learned = self._learned(model, edit, space, ids).to(model.device)  # (1, 1, D)
         rows = range(len(victims.prompts))
-        with edit.applied(model), torch.no_grad():
+        with edit.applied(model):
             c = space.encode(ids, learned, FIRST).expand(len(rows))
-            images, _ = to_pixels(model.decode_latents(victims.sampled(model, c, rows)))
-        shown = judge(images, victims.prompts)
-        progress.update(len(rows))
-        return tried_once(victims, shown, images)
+            return to_pixels(model.decode_latents(victims.sampled(model, c, rows)))[0]
 
     def _learned(
         self, model: DiffusionModel, edit: WeightEdit, space: TokenSpace, ids: Tensor

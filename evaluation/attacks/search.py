@@ -23,14 +23,13 @@ from tqdm import tqdm
 
 from cad.attribution import GRADIENT_RMS, backward_scale
 from cad.checks import check, flag, not_negative, one_of, positive, steps, whole
-from cad.errors import UserError
 from cad.models.base import DiffusionModel, checkpointed_gradients
 from cad.models.conditioning import FIRST, TokenSpace
 from cad.weight_edit import WeightEdit
 from evaluation.attacks.base import Attack, Judge, Outcome, Victims
 from evaluation.pixels import Pixels
 from evaluation.prompts import Prompt
-from evaluation.sampler import SamplerSettings, to_pixels
+from evaluation.sampler import to_pixels
 
 MOST_TOKENS = 75  # CLIP's text encoders take 77, with start and end
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
@@ -42,8 +41,6 @@ Aim = Callable[[int, Sequence[int]], Sequence[tuple[Tensor, Tensor]]]
 it, and the wanted prediction there, both (n, C, h, w), for the victims `rows`. Asked once for each
 timestep, without gradient. May draw from the victims' generators.
 """
-
-VERSION = 2  # of the schedule: raise it when equal settings find something else
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,35 +124,6 @@ class TokenAttack(Attack):
     @abstractmethod
     def discretise(self, space: TokenSpace, variables: Tensor) -> Tensor:
         """The tokens (n, k), int64, of the variables (n, k, ...)."""
-
-
-def search(
-    model: DiffusionModel,
-    edit: WeightEdit,
-    attack: Attack,
-    prompts: Sequence[Prompt],
-    settings: SamplerSettings,
-    judge: Judge,
-    progress: tqdm[Any],
-    images: Pixels | None = None,
-) -> list[Outcome]:
-    """The outcome of any attack on each prompt, all of one size; `settings` have their guidance.
-
-    `images`, (N, H, W, 3), are what the attack looks at (`Attack.pictured`), if it does. Leaves
-    model and random state as found. `progress` counts tries. Raises UserError for prompts without
-    room for the tokens, or a GPU without memory for the batch.
-    """
-    try:
-        with model.encoding():
-            salt = f"attack-{type(attack).name}"  # a control draws what its attack does
-            victims = Victims.of(model, prompts, settings, salt, images)
-            return attack.outcomes(model, edit, victims, judge, progress)
-    except torch.OutOfMemoryError as error:
-        key = f"attacks.{attack.name}"
-        raise UserError(
-            f"the GPU's memory does not hold an attack on {len(prompts)} prompts at once: lower "
-            f"{key}.batch_size, or set {key}.gradient_checkpointing=true"
-        ) from error
 
 
 def places(space: TokenSpace, prompts: Sequence[Prompt], count: int) -> Tensor:

@@ -22,9 +22,8 @@ from cad.identity import describe_runtime
 from cad.models.base import DiffusionModel
 from cad.store import Notes, Store, read_tensors, write_tensors
 from cad.weight_edit import WeightEdit
-from evaluation.attacks.base import Attack, Outcome
+from evaluation.attacks.base import VERSION, Attack, Outcome, attempt
 from evaluation.attacks.judge import EvaluatorJudge
-from evaluation.attacks.search import VERSION, search
 from evaluation.pixels import Pixels
 from evaluation.prompts import Prompt
 from evaluation.sampler import Batch, SamplerSettings, plan_batches
@@ -48,8 +47,8 @@ class AttackStore(Store):
         """The outcome of each prompt, in their order; batches that are in the folder are read.
 
         `images` are the unedited model's that the attack looks at, one for each prompt, if it does.
-        Leaves the model and the global random state as found. Raises UserError as `search`, and for
-        a folder that cannot be written to or locked.
+        Leaves the model and the global random state as found. Raises UserError as `attempt`, and
+        for a folder that cannot be written to or locked.
         """
         batched = replace(settings, batch_size=attack.batch_size)
         shared = {
@@ -66,7 +65,7 @@ class AttackStore(Store):
             for batch in plan_batches(model, prompts, batched):
                 own = replace(batched, guidance=batch.guidance)
                 seen = np.stack([images[i] for i in batch.indices]) if looks else None
-                make = partial(search, model, edit, attack, batch.prompts, own, judge, bar, seen)
+                make = partial(attempt, model, edit, attack, batch.prompts, own, judge, bar, seen)
                 what, key = f"the {attack.name} attack", shared | _own(batch, own, seen)
                 found, _ = self.get_or_make(key, what, _read, make, _write)
                 outcomes |= dict(zip(batch.indices, found, strict=True))

@@ -21,8 +21,7 @@ from omegaconf import DictConfig
 from cad.errors import UserError
 from cad.models.base import DiffusionModel
 from cad.weight_edit import WeightEdit
-from evaluation.attacks import search
-from evaluation.attacks.base import Attack, Outcome
+from evaluation.attacks.base import VERSION, Attack, Outcome
 from evaluation.attacks.judge import EvaluatorJudge
 from evaluation.attacks.store import AttackStore, record_of
 from evaluation.evaluators.base import BATCH_SIZE, Evaluator, Metric, wilson
@@ -56,7 +55,7 @@ class AttackPlan:
     def identity(self) -> dict[str, Any]:
         """All that determines the outcomes beside model, edit, prompts and sampler; JSON-able."""
         return {
-            "search": search.VERSION,
+            "version": VERSION,
             "attacks": [attack.identity() for attack in self.attacks],
             "limit": self.limit,
             "judge": self.judge.identity(),

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from omegaconf import DictConfig, OmegaConf
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from cad.attribution import attribute
 from cad.components import component_weights
 from cad.concepts import Concept
 from cad.edits import CADAmplify, Edit, NoEdit, ScoredEdit, make_edit
@@ -344,7 +345,7 @@ def _report_ablations(
         method.attribution,
         **wanted,
         seed=experiment.cfg.seed,
-        scores=method.scored(model, objective).scores,
+        scores=attribute(model, objective, method.attribution, method.store).scores,
     )
     pairs = zip(found.predicted.tolist(), found.measured.tolist(), strict=True)
     lines = ["predicted,measured", *(f"{first!r},{second!r}" for first, second in pairs)]

@@ -90,9 +90,10 @@ def choose_ratios(config: DictConfig, more: Sequence[str] = ()) -> None:
             try:
                 curve = climb(config, compose, edit, concept, more)
             except Exception as error:
-                lost.append(f"{edit} of {concept}: {find_mistake(error)}")
-                if find_mistake(error) is None:
+                mistake = find_mistake(error)
+                if mistake is None:
                     raise
+                lost.append(f"{edit} of {concept}: {mistake}")
                 log.error("%s", lost[-1])
                 continue
             if not config.dry:

@@ -9,7 +9,6 @@ is applied once before it is listed; one that is larger than LIMIT is named and 
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import sys
@@ -23,7 +22,7 @@ from omegaconf import DictConfig
 
 from cad.errors import UserError
 from cad.export import LOADER
-from cad.files import write_atomically
+from cad.files import file_digest, write_atomically
 from cad.models.base import DiffusionModel
 from cad.places import REPOSITORY
 from cad.weight_edit import NO_EDIT, WeightEdit
@@ -87,20 +86,21 @@ def write_zoo(folder: Path, found: Found, model: DiffusionModel, place: str) -> 
     listed, left_out = [], []
     whole = sum(weight.numel() for weight in model.denoiser.parameters())
     for shown in found.values():
-        entry, data = _describe(shown), (shown[0][1].folder / EDIT).read_bytes()
+        entry, path = _describe(shown), shown[0][1].folder / EDIT
+        size = path.stat().st_size
         try:
-            if len(data) > LIMIT:
-                raise UserError(f"{len(data):,} bytes, more than {LIMIT:,}")
-            edit = WeightEdit.load(shown[0][1].folder / EDIT)
+            if size > LIMIT:
+                raise UserError(f"{size:,} bytes, more than {LIMIT:,}")
+            edit = WeightEdit.load(path)
             with edit.applied(model):
                 share = edit.num_weights / whole
         except UserError as error:
             left_out.append({**entry, "why": str(error)})
             continue
-        sha256 = hashlib.sha256(data).hexdigest()
-        entry |= {"bytes": len(data), "sha256": sha256, "weights": edit.num_weights, "share": share}
+        entry |= {"weights": edit.num_weights, "share": share}
+        entry |= {"bytes": size, "sha256": file_digest(path)}
         listed.append(entry | {"settings": edit.provenance["settings"]})
-        write_atomically(folder / entry["file"], data)
+        write_atomically(folder / entry["file"], path.read_bytes())
     for path in folder.glob("*.safetensors"):
         if path.name not in {each["file"] for each in listed}:
             path.unlink()

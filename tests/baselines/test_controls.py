@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from baselines.controls import LargestWeights, OtherConcept, RandomWeights
 from cad.attribution import Attribution
 from cad.components import component_weights
 from cad.edits import CADErase
+from cad.effects import chosen_effect
 from cad.errors import UserError
 from cad.selection import Selection
 
@@ -60,3 +63,14 @@ def test_controls_leave_the_random_state_as_found(tiny_model, church):
     state = torch.get_rng_state()
     RandomWeights(ATTRIBUTION, LAYER)(tiny_model, church)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("control", [RandomWeights, partial(OtherConcept, other="parachute")])
+def test_what_a_control_does_is_predicted_by_the_concept_s_own_scores(tiny_model, church, control):
+    """Whatever it chooses by: its choice's effect is what Eq. 3 says of the same weights."""
+    method = control(ATTRIBUTION, LAYER)
+    edit = method(tiny_model, church)
+    as_cad = chosen_effect(tiny_model, CADErase(ATTRIBUTION, LAYER), church, edit, seeds=1)
+    found = chosen_effect(tiny_model, method, church, edit, seeds=1)
+    assert (found.unedited, found.predicted) == (as_cad.unedited, as_cad.predicted)
+    assert found.measured == as_cad.measured != 0

@@ -42,11 +42,11 @@ def searched(monkeypatch):
     """The seeds of each batch that is searched, in place of searching."""
     batches: list[list[int]] = []
 
-    def search(model, edit, attack, prompts, settings, judge, progress, images):
+    def attempt(model, edit, attack, prompts, settings, judge, progress, images):
         batches.append([prompt.seed for prompt in prompts])
         return [outcome(prompt.seed) for prompt in prompts]
 
-    monkeypatch.setattr(store, "search", search)
+    monkeypatch.setattr(store, "attempt", attempt)
     return batches
 
 
@@ -69,7 +69,7 @@ def files(folder):
 def test_batches_of_one_guidance_are_found_once_also_by_a_run_that_was_killed(
     tiny_model, tmp_path, searched, monkeypatch
 ):
-    whole = store.search
+    whole = store.attempt
 
     def killed(model, edit, attack, prompts, *rest):
         if prompts[0].seed == 1:
@@ -77,7 +77,7 @@ def test_batches_of_one_guidance_are_found_once_also_by_a_run_that_was_killed(
         return whole(model, edit, attack, prompts, *rest)
 
     with monkeypatch.context() as patched:
-        patched.setattr(store, "search", killed)
+        patched.setattr(store, "attempt", killed)
         with pytest.raises(KeyboardInterrupt):
             attack(tmp_path, tiny_model)
     assert files(tmp_path) == 1

@@ -16,10 +16,10 @@ from cad.identity import parameter_digest
 from cad.models.stable_diffusion import StableDiffusionModel
 from cad.sampling import make_generators, sample_latents
 from cad.weight_edit import Scale, WeightEdit
-from evaluation.attacks.base import Victims
+from evaluation.attacks.base import Victims, attempt
 from evaluation.attacks.p4d import P4D
 from evaluation.attacks.random_tokens import RandomTokens
-from evaluation.attacks.search import prediction_errors, search
+from evaluation.attacks.search import prediction_errors
 from evaluation.attacks.unlearn_diff import UnlearnDiff, project_onto_simplex
 from evaluation.prompts import Prompt
 from evaluation.sampler import SamplerSettings, to_pixels
@@ -58,7 +58,7 @@ def attacked(model, attack, prompts=PROMPTS, judge=None, edit=None):
     judge = judge or Threshold(999)
     edit = edit or weakened(model)
     images = unedited(model, prompts) if attack.uses_images else None
-    return search(model, edit, attack, prompts, SETTINGS, judge, tqdm(disable=True), images)
+    return attempt(model, edit, attack, prompts, SETTINGS, judge, tqdm(disable=True), images)
 
 
 def unedited(model, prompts=PROMPTS):

@@ -17,10 +17,10 @@ from cad.identity import parameter_digest
 from cad.references import GeneratedImages
 from cad.sampling import make_generators
 from cad.weight_edit import Scale, WeightEdit
+from evaluation.attacks.base import attempt
 from evaluation.attacks.inpainting import Inpainting
 from evaluation.attacks.learned_token import LearnedToken
 from evaluation.attacks.sdedit import SDEdit
-from evaluation.attacks.search import search
 from evaluation.prompts import Prompt
 from evaluation.sampler import SamplerSettings
 
@@ -58,7 +58,7 @@ def token(folder, **changed):
 def attacked(model, attack, judge=None, prompts=PROMPTS):
     images = IMAGES[: len(prompts)] if attack.uses_images else None
     given = weakened(model), attack, prompts, SETTINGS, judge or Judge(), tqdm(disable=True)
-    return search(model, *given, images)
+    return attempt(model, *given, images)
 
 
 def latents(model):

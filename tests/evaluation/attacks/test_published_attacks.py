@@ -18,8 +18,8 @@ from cad.components import component_weights
 from cad.models.stable_diffusion import StableDiffusionModel
 from cad.sampling import make_generators
 from cad.weight_edit import Scale, WeightEdit
+from evaluation.attacks.base import attempt
 from evaluation.attacks.p4d import P4D
-from evaluation.attacks.search import search
 from evaluation.attacks.unlearn_diff import UnlearnDiff
 from evaluation.prompts import Prompt
 from evaluation.sampler import SamplerSettings
@@ -147,7 +147,7 @@ def test_an_attack_is_the_published_one(attack_class, own, reading, optimizer):
     changes = {n: Scale(torch.arange(w.numel()), FACTOR) for n, w in weights.items()}
     edit = WeightEdit(changes, {"model": model.provenance()})
     given = ([Prompt(PROMPT, SEED, "hut")], SamplerSettings(1, 1.0, "ddim", 1), lambda *_: [False])
-    (found,) = search(model, edit, attack, *given, tqdm(disable=True), image)
+    (found,) = attempt(model, edit, attack, *given, tqdm(disable=True), image)
     (generator,) = make_generators([SEED], f"attack-{attack.name}")
     losses, tokens = reading(Published(pipeline, image), generator, optimizer)
     assert found.losses == pytest.approx(losses, rel=1e-4)
