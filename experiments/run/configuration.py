@@ -50,7 +50,8 @@ PROBE = "?"  # a value that no key has
 USED = (  # of a run's configuration; what they interpolate is used too
     *("model.name", "model.adapter", "model.sampler", "model.prompts.general", "model.concepts"),
     *("concepts", "edit", "prompts", "evaluator", "attacks", "engine", "logger", "paths"),
-    *("seed", "limit", "device", "dtype", "safety", "effect.count", "effect.seeds"),
+    *("seed", "limit", "others_per_class", "device", "dtype", "safety"),
+    *("effect.count", "effect.seeds"),
 )
 
 Compose = Callable[..., DictConfig]
@@ -184,6 +185,7 @@ def check(cfg: DictConfig) -> tuple[Any, ...]:
     seed("seed", cfg.seed)
     whole(1)("images_per_class", cfg.images_per_class)
     optional(whole(1))("limit", cfg.limit)
+    optional(whole(0))("others_per_class", cfg.others_per_class)
     optional(whole(1))("attack.limit", cfg.attack.limit)
     _check_effect(cfg)
     return concepts

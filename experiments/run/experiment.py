@@ -110,7 +110,7 @@ class Experiment:
             "evaluators": answer(self.evaluators),
             "attacks": None if self.attacks is None else self.attacks.identity(),
             "seed": self.cfg.seed,
-            "limit": self.cfg.limit,
+            "limit": [self.cfg.limit, self.cfg.others_per_class],
             "effect": [*effect.values()] if effect.count or effect.seeds else None,
             "runtime": describe_runtime(self.cfg.device),
         }

@@ -88,9 +88,11 @@ def read_prompts(cfg: DictConfig, prompt_sets: Mapping[str, PromptSet]) -> Promp
                     f"groups are: {', '.join(groups)}. Choose a concept among them, or other "
                     f"prompts, such as {adding(concept)}"
                 )
+        if use != GENERAL:
+            prompts = take_of_each(prompts, targets, None, cfg.others_per_class)
         found[use] = take_in_turn(prompts, targets, cfg.limit)
         if use == ATTACKED:
-            found[use] = take_of_targets(found[use], targets, cfg.attack.limit)
+            found[use] = take_of_each(found[use], targets, cfg.attack.limit, 0)
     return found
 
 
@@ -108,15 +110,16 @@ def take_in_turn(
     return tuple(prompts[index] for index in sorted(index for *_, index in sorted(ranks)[:limit]))
 
 
-def take_of_targets(
-    prompts: Sequence[Prompt], targets: Collection[str], limit: int | None
+def take_of_each(
+    prompts: Sequence[Prompt], targets: Collection[str], of_target: int | None, of_other: int | None
 ) -> tuple[Prompt, ...]:
-    """The targets' prompts, in their order; at most `limit` of each target."""
-    taken = dict.fromkeys(targets, 0)
+    """At most so many prompts of each target and of each other group, in their order."""
+    taken: dict[str, int] = {}
     chosen = []
     for prompt in prompts:
-        if prompt.group in taken and (limit is None or taken[prompt.group] < limit):
-            taken[prompt.group] += 1
+        most, count = of_target if prompt.group in targets else of_other, taken.get(prompt.group, 0)
+        if most is None or count < most:
+            taken[prompt.group] = count + 1
             chosen.append(prompt)
     return tuple(chosen)
 

@@ -114,7 +114,8 @@ def climb(
     """A curve up to its end, or if `config.dry` up to the first run that is missing."""
     chosen = config.made_of.get(edit, [f"edit={edit}"])
     same = [f"model={config.model.name}", f"concept={concept}", *chosen, "logger=none"]
-    same += [f"images_per_class={config.n}", f"seed={config.seed}", *config.overrides, *more]
+    same += [f"images_per_class={config.n}", f"others_per_class={config.others}"]
+    same += [f"seed={config.seed}", *config.overrides, *more]
     points: list[Point] = []
     for value in sorted(config.ladder):
         experiment = prepare(compose([*same, f"{config.setting}={value}"]))
@@ -188,7 +189,7 @@ def write_ratios(folder: Path, edit: str, model: str, found: Mapping[str, float]
 
 def _check(config: DictConfig) -> None:
     rules = {"dry": flag, "write": flag, "whole": flag, "bound": not_negative, "cost": not_negative}
-    for key, rule in {**rules, "n": whole(1)}.items():
+    for key, rule in {**rules, "n": whole(1), "others": whole(1)}.items():
         rule(key, config[key])
     for key in ("edits", "concepts", "ladder"):
         if not OmegaConf.is_list(config[key]) or not config[key]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from evaluation.prompts import Prompt
-from experiments.run.groups import take_in_turn, take_of_targets
+from experiments.run.groups import take_in_turn, take_of_each
 
 PROMPTS = tuple(Prompt("x", i, group) for i in range(3) for group in ("tench", "church", "face"))
 
@@ -27,9 +27,11 @@ def test_a_limit_takes_the_target_first_and_goes_round(limit: int, groups: list[
     assert [prompt.group for prompt in take_in_turn(PROMPTS, ["church"], limit)] == groups
 
 
-def test_of_each_target_the_first_are_attacked() -> None:
-    taken = take_of_targets(PROMPTS, ["church", "tench"], 2)
+def test_of_each_group_the_first_are_taken() -> None:
+    taken = take_of_each(PROMPTS, ["church", "tench"], 2, 0)
     assert [(prompt.group, prompt.seed) for prompt in taken] == [
         *(("tench", 0), ("church", 0), ("tench", 1), ("church", 1)),
     ]
-    assert len(take_of_targets(PROMPTS, ["face"], None)) == 3
+    assert len(take_of_each(PROMPTS, ["face"], None, 0)) == 3
+    fewer = [prompt.group for prompt in take_of_each(PROMPTS, ["face"], None, 1)]
+    assert sorted(fewer) == ["church", *["face"] * 3, "tench"]

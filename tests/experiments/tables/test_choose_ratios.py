@@ -91,6 +91,7 @@ def test_a_curve_is_climbed_once_and_chosen_from(
     ("given", "message"),
     [
         (["n=0"], "n=0"),
+        (["others=0"], "others=0"),
         (["ladder=[]"], "ladder=.* list at least one"),
         (["model=sd14"], "concepts=None .* list at least one"),
         (["bound=-1"], "bound=-1"),
