@@ -96,7 +96,7 @@ format: $(DEV) ## rewrite the code in ruff's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-miniature: $(DEV) ## train the shipped model anew (hours on two cores); ARGS="data.parquet=PATH"
+miniature: $(DEV) ## train the shipped model anew (hours on two cores); ARGS="teacher=FOLDER data.parquet=PATH"
 	$(BIN)/pip install -q -e ".[miniature]"
 	$(BIN)/python -m experiments.miniature.train $(ARGS)
 

@@ -61,10 +61,11 @@ class PromptSet(Identified, ABC):
 class ObjectPrompts(PromptSet):
     """`images_per_class` prompts "an image of a parachute" for each of `subjects` {name: text}.
 
-    The article is chosen by the text; `{subject}` in the template stands for article and text.
+    The article is chosen by the text; `{subject}` in the template stands for article and text. A
+    subject's images go round its texts where it has several.
     """
 
-    subjects: Mapping[str, str]
+    subjects: Mapping[str, str | Sequence[str]]
     images_per_class: int
     seed: int
     template: str = OBJECT_TEMPLATE
@@ -77,15 +78,18 @@ class ObjectPrompts(PromptSet):
         _check_template(self.template, {"subject"})
 
     def build(self) -> list[Prompt]:
-        subjects = {name: with_article(text) for name, text in self.subjects.items()}
+        subjects = {
+            name: [with_article(text) for text in _texts(given)]
+            for name, given in self.subjects.items()
+        }
         return [
             Prompt(
-                text=self.template.format(subject=subject),
+                text=self.template.format(subject=texts[index % len(texts)]),
                 seed=derive_seed(self.seed, name, index),
                 group=name,
             )
             for index in range(self.images_per_class)
-            for name, subject in subjects.items()
+            for name, texts in subjects.items()
         ]
 
 
@@ -183,17 +187,21 @@ def derive_seed(seed: int, group: str, index: int) -> int:
     return int.from_bytes(digest[:4], "big") >> 1
 
 
-def in_order(names: Mapping[str, str]) -> list[list[str]]:
+def in_order(names: Mapping[str, str | Sequence[str]]) -> list[list[Any]]:
     """A mapping as JSON data that keeps its order, which hashes of objects do not."""
-    return [[str(name), text] for name, text in names.items()]
+    return [[str(k), v if isinstance(v, str) else list(v)] for k, v in names.items()]
 
 
 def _check_count(key: str, count: int, groups: int = 1) -> None:
     whole(1, MOST_IMAGES // groups)(key, count)
 
 
-def _check_names(names: Mapping[str, str], key: str) -> None:
-    if not names or not all(text.strip() for text in names.values()):
+def _texts(text: str | Sequence[str]) -> Sequence[str]:
+    return [text] if isinstance(text, str) else text
+
+
+def _check_names(names: Mapping[str, str | Sequence[str]], key: str) -> None:
+    if not names or not all(all(map(str.strip, _texts(text) or [""])) for text in names.values()):
         raise UserError(f"{key}={dict(names)} must map names to texts, such as church: church")
 
 

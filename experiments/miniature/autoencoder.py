@@ -1,8 +1,9 @@
-"""Stage 4: the autoencoder between 64 x 64 pixels and the latents.
+"""Stage 5: the miniature's own autoencoder between 64 x 64 pixels and the teacher's latents.
 
-L1 on pixels and on their gradients, a perceptual term on the classifier's features (Johnson et
-al., 2016; as LPIPS, unit-normalised over channels), and a light pull of the latents towards a
-unit Gaussian.
+Both halves learn by regression alone. The encoder gives the teacher's latents, normalised; the
+decoder draws, from these with a little noise, the teacher's picture and the photograph: L1 on
+pixels and on their gradients, and a perceptual term on the selector's features (Johnson et al.,
+2016; as LPIPS, unit-normalised over channels). The teacher is not needed afterwards.
 """
 
 from __future__ import annotations
@@ -10,56 +11,72 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from torch import Tensor, nn
+from safetensors.torch import load_file
+from torch import Generator, Tensor
 
 from evaluation.evaluators.lpips import feature_distance
 from evaluation.evaluators.small_resnet import SmallResNet, load_classifier, stage_maps
-from experiments.miniature.classifier import typical
 from experiments.miniature.clip import draw_styles, stylise
-from experiments.miniature.data import Photographs
-from experiments.miniature.stages import Workshop
-from experiments.miniature.training import Schedule, train
+from experiments.miniature.data import SIZE
+from experiments.miniature.teacher import load_teacher
+from experiments.miniature.training import Schedule, Workshop
+
+CERTAIN = -10.0  # log-variance of the latents' distribution: who samples it gets its mean
 
 
 def run(
     workshop: Workshop,
     schedule: Schedule,
+    teacher: str,
     channels: tuple[int, ...],
-    latent_channels: int,
     groups: int,
     styled: float,
-    per_subject: int,
+    encoded: float,
+    noise: float,
     weights: dict[str, float],
 ) -> dict[str, float]:
-    """Train on the typical photographs, write workshop.folder/autoencoder/, return its scores.
+    """Train, write workshop.folder/autoencoder/, and return its scores.
 
-    `weights` multiplies the terms gradient, perceptual and kl beside the pixels' L1.
+    `styled`: share of pictures in a drawn style; `encoded`: share of a batch that the encoder
+    learns from; `noise`: largest standard deviation of what is added to the decoder's latents;
+    `weights` multiplies the terms photograph, gradient and perceptual beside the L1 to the
+    teacher's picture.
     """
-    folder = workshop.stage("autoencoder")
-    judge = workshop.place(load_classifier(workshop.stage("classifier")))
-    photographs = workshop.photographs("train")
-    index = typical(judge, photographs, per_subject)
-    network = workshop.place(build_autoencoder(channels, latent_channels, groups))
+    device = workshop.device
+    data = load_file(workshop.stage("latents") / "latents.safetensors")
+    latents, index = data["latents"], data["index"]
+    mean, std = (data[key].view(-1, 1, 1).to(device) for key in ("mean", "std"))
+    photographs = workshop.photographs["generator"]
+    selector = load_classifier(workshop.stage("selector")).to(device)
+    teacher_decoder = load_teacher(teacher)[1].to(device)
+    network = build_autoencoder(channels, latents.shape[2], groups).to(device)
+    n = schedule.batch_size
+    k = max(1, round(encoded * n))
 
-    def loss(generator: torch.Generator, step: int) -> Tensor:
-        chosen = index[torch.randint(len(index), (schedule.batch_size,), generator=generator)]
-        pixels = photographs.pixels(chosen)
-        pixels = stylise(pixels, draw_styles(len(pixels), styled, generator))
-        pixels = workshop.place(pixels).contiguous(memory_format=torch.channels_last)
-        posterior = network.encode(pixels * 2 - 1).latent_dist
-        latents = posterior.sample()  # (B, C, h, w)
-        drawn = network.decode(latents).sample.float() / 2 + 0.5
+    def loss(generator: Generator) -> Tensor:
+        chosen = torch.randint(len(latents), (n,), generator=generator)
+        styles = draw_styles(n, styled, generator)
+        z = latents[chosen, styles].float().to(device)  # (B, C, h, w)
+        pixels = photographs.pixels(index[chosen])
+        mirrored = (chosen >= len(latents) // 2).view(-1, 1, 1, 1)
+        pixels = stylise(torch.where(mirrored, pixels.flip(3), pixels), styles)
+        pixels = pixels.to(device).contiguous(memory_format=torch.channels_last)
+        with torch.no_grad():
+            shown = teacher_decoder(z * std + mean).float().clamp(0, 1)
+        amount = noise * torch.rand(n, 1, 1, 1, generator=generator)
+        shaken = z + (amount * torch.randn(z.shape, generator=generator)).to(device)
+        drawn = network.decode(shaken).sample.float() / 2 + 0.5
         return (
-            F.l1_loss(drawn, pixels)
-            + weights["gradient"] * gradient_loss(drawn, pixels)
-            + weights["perceptual"] * perceptual_loss(judge, drawn, pixels)
-            + weights["kl"] * kl_per_element(posterior.mean, posterior.logvar)
+            F.l1_loss(drawn, shown)
+            + weights["photograph"] * F.l1_loss(drawn, pixels)
+            + weights["gradient"] * gradient_loss(drawn, shown)
+            + weights["perceptual"] * perceptual_loss(selector, drawn, shown)
+            + encoder_loss(network, pixels[:k], z[:k])
         )
 
-    average = train(network, loss, schedule, folder, workshop.seed)
-    assert isinstance(average, AutoencoderKL)
-    average.cpu().save_pretrained(folder)
-    return measure(average, workshop, judge.cpu())
+    average: AutoencoderKL = workshop.train("autoencoder", network, loss, schedule).cpu()
+    average.save_pretrained(workshop.stage("autoencoder"))
+    return measure(average, workshop, mean.cpu(), std.cpu(), teacher)
 
 
 def build_autoencoder(
@@ -73,10 +90,19 @@ def build_autoencoder(
         latent_channels=latent_channels,
         layers_per_block=1,
         norm_num_groups=groups,
-        sample_size=64,
+        sample_size=SIZE,
+        scaling_factor=1.0,  # the latents are normalised
         mid_block_add_attention=False,  # convolutions alone are cheaper
+        force_upcast=False,
     )
     return network.to(memory_format=torch.channels_last)
+
+
+def encoder_loss(network: AutoencoderKL, pixels: Tensor, z: Tensor) -> Tensor:
+    """Mean squared error to the teacher's latents; the log-variance is pulled to CERTAIN."""
+    posterior = network.encode(pixels * 2 - 1).latent_dist
+    uncertainty: Tensor = (posterior.logvar.float() - CERTAIN).square().mean()
+    return F.mse_loss(posterior.mean.float(), z) + 1e-3 * uncertainty
 
 
 def gradient_loss(drawn: Tensor, pixels: Tensor) -> Tensor:
@@ -85,35 +111,35 @@ def gradient_loss(drawn: Tensor, pixels: Tensor) -> Tensor:
     return horizontal + F.l1_loss(drawn.diff(dim=2), pixels.diff(dim=2))
 
 
-def perceptual_loss(judge: SmallResNet, drawn: Tensor, pixels: Tensor) -> Tensor:
+def perceptual_loss(classifier: SmallResNet, drawn: Tensor, pixels: Tensor) -> Tensor:
     """Mean distance of the feature maps after the classifier's first three stages."""
     with torch.no_grad():
-        wanted = stage_maps(judge, pixels)[:3]
-    return feature_distance(stage_maps(judge, drawn)[:3], wanted).mean()
-
-
-def kl_per_element(mean: Tensor, logvar: Tensor) -> Tensor:
-    """KL(N(mean, var) || N(0, 1)), mean over latent elements."""
-    mean, logvar = mean.float(), logvar.float()
-    return 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+        wanted = stage_maps(classifier, pixels)[:3]
+    return feature_distance(stage_maps(classifier, drawn)[:3], wanted).mean()
 
 
 @torch.inference_mode()
-def reconstruct(network: nn.Module, pixels: Tensor) -> Tensor:
-    """Pictures through the autoencoder (posterior mode), (N, 3, 64, 64) in [0, 1]."""
-    assert isinstance(network, AutoencoderKL)
-    latents = network.encode(pixels * 2 - 1).latent_dist.mode()
-    drawn: Tensor = network.decode(latents).sample / 2 + 0.5
-    return drawn.clamp(0, 1)
+def measure(
+    network: AutoencoderKL, workshop: Workshop, mean: Tensor, std: Tensor, teacher: str
+) -> dict[str, float]:
+    """PSNR (dB) on held-out photographs of our way there and back, beside the teacher's.
 
-
-@torch.inference_mode()
-def measure(network: AutoencoderKL, workshop: Workshop, judge: SmallResNet) -> dict[str, float]:
-    """Held-out PSNR (dB), and the classifier's accuracy on reconstructions."""
-    held_out: Photographs = workshop.photographs("val")
-    some = torch.arange(0, len(held_out), 10)
-    pixels = held_out.pixels(some)
-    drawn = torch.cat([reconstruct(network, part) for part in pixels.split(64)])
-    psnr = -10 * (drawn - pixels).pow(2).mean((1, 2, 3)).log10().mean()
-    accuracy = (judge(drawn).argmax(1) == held_out.labels[some]).float().mean()
-    return {"psnr": float(psnr), "accuracy_on_reconstructions": float(accuracy)}
+    `psnr_to_teacher`: of our decoder's pictures to the teacher's, from the same latents;
+    `latent_error`: mean squared error of our latents, whose variance is one.
+    """
+    held_out = workshop.photographs["val"]
+    pixels = held_out.pixels(torch.arange(0, len(held_out), 10))
+    encoder, decoder = load_teacher(teacher)
+    measured = []
+    for part in pixels.split(64):
+        raw = encoder(part)
+        z = (raw - mean) / std
+        encoded = network.encode(part * 2 - 1).latent_dist.mode()
+        theirs = decoder(raw).clamp(0, 1)
+        ours, from_z = (network.decode(each).sample / 2 + 0.5 for each in (encoded, z))
+        pairs = (ours.clamp(0, 1), part), (theirs, part), (from_z.clamp(0, 1), theirs), (encoded, z)
+        measured.append(torch.stack([(a - b).square().mean((1, 2, 3)) for a, b in pairs]))  # (4, B)
+    errors = torch.cat(measured, dim=1)
+    ratios = (-10 * errors[:3].log10()).mean(dim=1).tolist()
+    names = ("psnr", "psnr_of_teacher", "psnr_to_teacher")
+    return dict(zip(names, ratios, strict=True)) | {"latent_error": float(errors[3].mean())}

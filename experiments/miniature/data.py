@@ -2,20 +2,22 @@
 
 By default torchvision downloads Imagenette and scikit-learn its LFW mirror; `data.parquet=PATH`
 takes a local file instead: JPEG bytes in `image`, the subject's name in `label` ("French horn"),
-"train" or "val" in `split`.
+"train" or "val" in `split`. The training split is halved: what the generator learns from is never
+shown to the classifier that measures it.
 """
 
 from __future__ import annotations
 
 import io
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
@@ -47,13 +49,27 @@ class Photographs:
         return self.images[index].float() / 255
 
 
+def halved(photographs: Photographs) -> dict[str, Photographs]:
+    """The first, third, ... photograph of each subject as "generator", the others as "judge"."""
+    even = torch.zeros(len(photographs), dtype=torch.bool)
+    for members in photographs.by_label():
+        even[members[::2]] = True
+    return {
+        half: Photographs(photographs.images[chosen], photographs.labels[chosen])
+        for half, chosen in (("generator", even), ("judge", ~even))
+    }
+
+
 def load_photographs(parquet: str | None, cache: Path) -> dict[str, Photographs]:
-    """The two splits, {"train": ..., "val": ...}; downloads go to `cache`.
+    """The halves of the training split, "generator" and "judge", and "val"; `cache` for downloads.
 
     Raises UserError if the parquet is missing, lacks a column or a subject.
     """
-    if parquet is None:
-        return _downloaded(cache)
+    splits = _downloaded(cache) if parquet is None else _read(parquet)
+    return halved(splits["train"]) | {"val": splits["val"]}
+
+
+def _read(parquet: str) -> dict[str, Photographs]:
     path = Path(parquet).expanduser()
     if not path.is_file():
         raise UserError(f"data.parquet={parquet}: no such file.")
@@ -68,28 +84,22 @@ def load_photographs(parquet: str | None, cache: Path) -> dict[str, Photographs]
     absent = set(index) - set(table.label)
     if absent:
         raise UserError(f"data.parquet={parquet}: no picture of {sorted(absent)}.")
-    table = table[table.label.isin(index)]
-    return {split: _decode(table[table.split == split], index) for split in ("train", "val")}
+    splits = {}
+    for split, rows in table[table.label.isin(index)].groupby("split"):
+        bar = tqdm(rows.image, desc=f"decoding {split}", unit="photograph", disable=None)
+        pictures = (Image.open(io.BytesIO(data)) for data in bar)
+        splits[str(split)] = _photographs(pictures, [index[label] for label in rows.label])
+    return splits
 
 
-def _decode(rows: pd.DataFrame, index: dict[str, int]) -> Photographs:
-    pictures = [
-        np.asarray(_square(Image.open(io.BytesIO(data))))
-        for data in tqdm(rows.image, desc="decoding photographs", unit="image", disable=None)
+def _photographs(pictures: Iterable[Image.Image], labels: list[int]) -> Photographs:
+    """The centre square of each picture at 64 x 64, RGB."""
+    images = [
+        np.asarray(ImageOps.fit(picture.convert("RGB"), (SIZE, SIZE), Image.Resampling.LANCZOS))
+        for picture in pictures
     ]
-    images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
-    return Photographs(images, torch.tensor([index[label] for label in rows.label]))
-
-
-def _square(picture: Image.Image) -> Image.Image:
-    """The centre square at 64 x 64, RGB."""
-    picture = picture.convert("RGB")
-    side = min(picture.size)
-    left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    picture = picture.crop((left, top, left + side, top + side))
-    if side == SIZE:
-        return picture
-    return picture.resize((SIZE, SIZE), Image.Resampling.LANCZOS, reducing_gap=3.0)
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+    return Photographs(pixels, torch.tensor(labels))
 
 
 def _downloaded(cache: Path) -> dict[str, Photographs]:
@@ -97,34 +107,18 @@ def _downloaded(cache: Path) -> dict[str, Photographs]:
     from torchvision.datasets import Imagenette
 
     log.info("Imagenette (99 MB) and LFW (233 MB) are fetched to %s on first use", cache)
-    faces = fetch_lfw_people(data_home=str(cache), color=True, resize=None, slice_=None)
-    heads = [_square(Image.fromarray(_as_uint8(face))) for face in faces.images]
+    people = fetch_lfw_people(data_home=str(cache), color=True, resize=None, slice_=None)
+    scale = 255 if people.images.max() <= 1 else 1  # by scikit-learn's version
+    faces = [Image.fromarray((face * scale).round().astype(np.uint8)) for face in people.images]
     face = list(SUBJECTS).index("face")
     splits = {}
     for split in ("train", "val"):
-        things = Imagenette(str(cache), split=split, size="160px", download=not _present(cache))
-        pictures = [np.asarray(_square(picture)) for picture, _ in things]
+        present = (cache / "imagenette2-160").is_dir()
+        things = Imagenette(str(cache), split=split, size="160px", download=not present)
+        chosen = faces[-FACES_HELD_OUT:] if split == "val" else faces[:-FACES_HELD_OUT]
+        # LFW leaves wide margins: the middle half of the picture holds the head.
+        pictures = [picture for picture, _ in things]
+        pictures += [ImageOps.crop(each, each.width // 4) for each in chosen]
         labels = [label for _, label in things]  # torchvision's order is SUBJECTS' order
-        chosen = heads[-FACES_HELD_OUT:] if split == "val" else heads[:-FACES_HELD_OUT]
-        pictures += [np.asarray(_crop_head(head)) for head in chosen]
-        labels += [face] * len(chosen)
-        images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
-        splits[split] = Photographs(images, torch.tensor(labels))
+        splits[split] = _photographs(pictures, labels + [face] * len(chosen))
     return splits
-
-
-def _present(cache: Path) -> bool:
-    return (cache / "imagenette2-160").is_dir()
-
-
-def _as_uint8(image: np.ndarray) -> np.ndarray:
-    """LFW comes as floats, in [0, 1] or [0, 255] by scikit-learn's version."""
-    scale = 255 if image.max() <= 1 else 1
-    return (image * scale).round().clip(0, 255).astype(np.uint8)
-
-
-def _crop_head(picture: Image.Image) -> Image.Image:
-    """LFW leaves wide margins: the middle half of the picture holds the head."""
-    quarter = SIZE // 4
-    head = picture.crop((quarter, quarter, SIZE - quarter, SIZE - quarter))
-    return head.resize((SIZE, SIZE), Image.Resampling.LANCZOS)

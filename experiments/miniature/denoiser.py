@@ -1,76 +1,75 @@
-"""Stage 6: the denoising UNet, conditioned on the frozen text encoder of stage 3.
+"""Stage 4: the denoising UNet, conditioned on the frozen text encoder of stage 2.
 
-v-prediction on Stable Diffusion's noise schedule; captions are dropped at random, so the empty
-prompt is the unconditional model.
+It predicts the clean latent on Stable Diffusion's noise schedule: where latents have many
+channels, that is easier than the noise or v (Li and He, "Back to Basics: Let Denoising Generative
+Models Denoise", 2025). Captions are dropped at random, so the empty prompt is the unconditional
+model.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
-import torch.nn.functional as F
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Generator, Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
 from cad.errors import UserError
-from experiments.miniature.captions import PLAIN, SUBJECTS, Key, caption_table, tokenize
+from experiments.miniature.captions import PLAIN, SUBJECTS, Captions, tokenize
 from experiments.miniature.clip import draw_styles
-from experiments.miniature.stages import Workshop
-from experiments.miniature.training import Schedule, train
+from experiments.miniature.training import Schedule, Workshop
 
 
 def run(
     workshop: Workshop,
     schedule: Schedule,
     channels: tuple[int, ...],
-    plain_levels: int,
     heads: int,
     groups: int,
+    max_weight: float,
     styled: float,
     subjectless: float,
     dropped: float,
-    emphasis: dict[str, int],
+    frequency: dict[str, float],
 ) -> dict[str, int]:
     """Train, write workshop.folder/denoiser/, and return its size.
 
-    `styled`: share of pictures in a drawn style; `subjectless`: of these, the share whose caption
-    names the style alone; `dropped`: share of captions replaced by the empty one; `emphasis`: how
-    many times as often as others a subject is drawn. UserError for an unknown subject in it.
+    `max_weight`: bound of the loss's weight; `styled`: share of pictures in a drawn style;
+    `subjectless`: of these, the share whose caption names the style alone; `dropped`: share of
+    captions replaced by the empty one; `frequency`: how often a subject is drawn, others 1.
+    UserError for an unknown subject in it.
     """
-    folder = workshop.stage("denoiser")
+    device = workshop.device
     data = load_file(workshop.stage("latents") / "latents.safetensors")
     latents, labels = data["latents"], data["labels"]
-    scale = scaling_factor(latents)
-    states = CaptionStates(workshop)
-    by_class = [(labels == c).nonzero().squeeze(1) for c in turns(emphasis)]
-    network = workshop.place(
-        build_denoiser(
-            latents.shape[2],
-            latents.shape[3],
-            channels,
-            plain_levels=plain_levels,
-            heads=heads,
-            groups=groups,
-            text_width=states.width,
-        )
-    )
-    noise_schedule = build_scheduler()
+    captions = Captions()
+    states = encode(workshop.stage("clip"), [*captions.texts, ""]).to(device)  # (.. + 1, L, D)
+    by_class = [(labels == c).nonzero().squeeze(1) for c in range(len(SUBJECTS))]
+    shares = subject_shares(frequency)
+    sizes = *latents.shape[2:4], channels, heads, groups, states.shape[-1]
+    network = build_denoiser(*sizes).to(device)
+    alphas_cumprod = build_scheduler().alphas_cumprod.to(device)
 
-    def loss(generator: torch.Generator, step: int) -> Tensor:
+    def loss(generator: Generator) -> Tensor:
         n = schedule.batch_size
-        index, styles = draw_pictures(by_class, n, styled, generator)
-        x_0 = workshop.place(latents[index, styles].float() * scale)  # (B, C, h, w)
-        c = states.draw(labels[index], styles, subjectless, dropped, generator)  # (B, L, D)
-        noise = workshop.place(torch.randn(x_0.shape, generator=generator))
-        t = workshop.place(stratified_timesteps(n, generator))
-        x_t = noise_schedule.add_noise(x_0, noise, t)
-        v = noise_schedule.get_velocity(x_0, noise, t)
-        return F.mse_loss(network(x_t, t, c).sample.float(), v)
+        subjects = draw_subjects(shares, n, generator)  # (B,)
+        index = draw_members(by_class, subjects, generator)
+        styles = draw_styles(n, styled, generator)
+        x_0 = latents[index, styles].float().to(device)  # (B, C, h, w)
+        rows = draw_captions(captions, subjects, styles, subjectless, dropped, generator)
+        c = states[rows].float()  # (B, L, D)
+        noise = torch.randn(x_0.shape, generator=generator).to(device)
+        t = stratified_timesteps(n, generator).to(device)
+        signal = alphas_cumprod[t].view(-1, 1, 1, 1)  # (B, 1, 1, 1)
+        x_t = signal.sqrt() * x_0 + (1 - signal).sqrt() * noise
+        x_t = x_t.contiguous(memory_format=torch.channels_last)
+        error: Tensor = (network(x_t, t, c).sample.float() - x_0).square()
+        return (loss_weight(signal, max_weight) * error).mean()
 
-    average = train(network, loss, schedule, folder, workshop.seed)
-    assert isinstance(average, UNet2DConditionModel)
-    average.cpu().save_pretrained(folder)
+    average: UNet2DConditionModel = workshop.train("denoiser", network, loss, schedule).cpu()
+    average.save_pretrained(workshop.stage("denoiser"))
     return {"parameters": sum(p.numel() for p in average.parameters())}
 
 
@@ -78,33 +77,28 @@ def build_denoiser(
     latent_channels: int,
     latent_size: int,
     channels: tuple[int, ...],
-    plain_levels: int,
     heads: int,
     groups: int,
     text_width: int,
 ) -> UNet2DConditionModel:
-    """An untrained UNet, one residual block a level and way, a transformer block after each.
-
-    The first `plain_levels` levels, of the highest resolution, have no transformers, which would
-    cost the most there.
-    """
-    inner = len(channels) - plain_levels
-    return UNet2DConditionModel(
+    """An untrained UNet, one residual block a level and way, a transformer block after each."""
+    network = UNet2DConditionModel(
         sample_size=latent_size,
         in_channels=latent_channels,
         out_channels=latent_channels,
         block_out_channels=tuple(channels),
-        down_block_types=("DownBlock2D",) * plain_levels + ("CrossAttnDownBlock2D",) * inner,
-        up_block_types=("CrossAttnUpBlock2D",) * inner + ("UpBlock2D",) * plain_levels,
+        down_block_types=("CrossAttnDownBlock2D",) * len(channels),
+        up_block_types=("CrossAttnUpBlock2D",) * len(channels),
         layers_per_block=1,
         cross_attention_dim=text_width,
         attention_head_dim=heads,  # number of heads, as in Stable Diffusion 1's configuration
         norm_num_groups=groups,
     )
+    return network.to(memory_format=torch.channels_last)
 
 
 def build_scheduler() -> DDIMScheduler:
-    """Stable Diffusion's noise schedule, for v-prediction.
+    """Stable Diffusion's noise schedule, for a network that predicts the clean latent.
 
     Sampling starts at the last timestep ("trailing"), where training ended.
     """
@@ -115,73 +109,65 @@ def build_scheduler() -> DDIMScheduler:
         clip_sample=False,
         set_alpha_to_one=False,
         steps_offset=1,
-        prediction_type="v_prediction",
+        prediction_type="sample",
         timestep_spacing="trailing",
     )
 
 
-def scaling_factor(latents: Tensor) -> float:
-    """1 / standard deviation: what makes the scaled latents' variance one."""
-    return round(1 / float(latents.float().std()), 5)
+def loss_weight(signal: Tensor, max_weight: float) -> Tensor:
+    """1 / sigma^2 = 1 / (1 - alphas_cumprod): the v-loss's weight of the clean latent, bounded."""
+    return (1 / (1 - signal)).clamp(max=max_weight)
 
 
-def turns(emphasis: dict[str, int]) -> list[int]:
-    """The subjects' labels, in the order in which a batch draws them; emphasised ones repeated."""
-    unknown = sorted(set(emphasis) - set(SUBJECTS))
+def subject_shares(frequency: dict[str, float]) -> Tensor:
+    """How much of the pictures each of SUBJECTS has, (subjects,), adding up to one."""
+    unknown = sorted(set(frequency) - set(SUBJECTS))
     if unknown:
-        raise UserError(f"denoiser.emphasis: {unknown} are none of the subjects {list(SUBJECTS)}")
-    return [label for label, name in enumerate(SUBJECTS) for _ in range(emphasis.get(name, 1))]
+        raise UserError(f"denoiser.frequency: {unknown} are none of the subjects {list(SUBJECTS)}")
+    weights = torch.tensor([frequency.get(name, 1.0) for name in SUBJECTS], dtype=torch.float64)
+    return weights / weights.sum()
 
 
-def draw_pictures(
-    by_class: list[Tensor], n: int, styled: float, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Indices (N,) of pictures, one after another of each of `by_class`, and their styles (N,)."""
-    subjects = torch.arange(n) % len(by_class)
-    draws = torch.rand(n, generator=generator).tolist()
+def draw_subjects(shares: Tensor, n: int, generator: Generator) -> Tensor:
+    """Labels (N,) int64, each as often as its share asks for, give or take less than one."""
+    places = (torch.arange(n) + torch.rand(1, generator=generator)) / n
+    return torch.searchsorted(shares.cumsum(0), places.double()).clamp_max(len(shares) - 1)
+
+
+def draw_members(by_class: list[Tensor], subjects: Tensor, generator: Generator) -> Tensor:
+    """The index of a random picture of each of `subjects`, (N,) int64."""
+    draws = torch.rand(len(subjects), generator=generator).tolist()
     members = [by_class[s] for s in subjects.tolist()]
-    index = torch.stack([m[int(d * len(m))] for m, d in zip(members, draws, strict=True)])
-    return index, draw_styles(n, styled, generator)
+    return torch.stack([m[int(d * len(m))] for m, d in zip(members, draws, strict=True)])
 
 
-def stratified_timesteps(n: int, generator: torch.Generator) -> Tensor:
+def stratified_timesteps(n: int, generator: Generator) -> Tensor:
     """(N,) int64 in [0, 1000), one from each n-th of the range, in random order."""
     strata = torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)
     return (strata * 1000 / n).long().clamp_max(999)
 
 
-class CaptionStates:
-    """Hidden states of every training caption, computed once by the frozen text encoder."""
+@torch.inference_mode()
+def encode(folder: Path, captions: list[str]) -> Tensor:
+    """Hidden states (N, L, D) float16 of captions by the text encoder of a CLIP's folder."""
+    encoder = CLIPModel.from_pretrained(folder).text_model.eval()
+    ids = tokenize(CLIPTokenizer.from_pretrained(folder), captions)
+    parts = [encoder(input_ids=part).last_hidden_state.half() for part in ids.split(256)]
+    return torch.cat(parts).clone()
 
-    def __init__(self, workshop: Workshop) -> None:
-        folder = workshop.stage("clip")
-        encoder = CLIPModel.from_pretrained(folder).text_model.eval()
-        tokenizer = CLIPTokenizer.from_pretrained(folder)
-        self.first: dict[Key, int] = {}
-        self.count: dict[Key, int] = {}
-        captions = [""]
-        for key, texts in caption_table().items():
-            self.first[key], self.count[key] = len(captions), len(texts)
-            captions += texts
-        with torch.inference_mode():
-            ids = tokenize(tokenizer, captions)
-            states = encoder(input_ids=ids).last_hidden_state  # (captions, L, D)
-        self.states: Tensor = workshop.place(states.clone())
-        self.width = states.shape[-1]
 
-    def draw(
-        self,
-        labels: Tensor,
-        styles: Tensor,
-        subjectless: float,
-        dropped: float,
-        generator: torch.Generator,
-    ) -> Tensor:
-        """A random caption's states for each picture, (N, L, D); index 0 is the empty prompt."""
-        draws = torch.rand(len(labels), 3, generator=generator).tolist()
-        rows = []
-        for label, style, (a, b, d) in zip(labels.tolist(), styles.tolist(), draws, strict=True):
-            key: Key = (None if style != PLAIN and a < subjectless else label, style)
-            row = self.first[key] + int(b * self.count[key])
-            rows.append(0 if d < dropped else row)
-        return self.states[rows]
+def draw_captions(
+    captions: Captions,
+    subjects: Tensor,
+    styles: Tensor,
+    subjectless: float,
+    dropped: float,
+    generator: Generator,
+) -> list[int]:
+    """The place of a random caption for each picture; -1, the last place, for the empty one."""
+    draws = torch.rand(len(subjects), 3, generator=generator).tolist()
+    rows = []
+    for subject, style, (a, b, d) in zip(subjects.tolist(), styles.tolist(), draws, strict=True):
+        named = None if style != PLAIN and a < subjectless else subject
+        rows.append(-1 if d < dropped else captions.draw((named, style), b))
+    return rows

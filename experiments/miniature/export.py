@@ -1,35 +1,44 @@
-"""Stage 7: everything that ships, as package data under experiments/miniature/weights/.
+"""Stage 8: everything that ships, as package data under experiments/miniature/weights/.
 
-pipeline/               StableDiffusionPipeline, half precision, safetensors
+pipeline/               StableDiffusionPipeline, safetensors; loads in float32 without arguments
 clip/                   CLIPModel and its tokenizer
-classifier/             stage 2, a classifier folder of `evaluation.evaluators.small_resnet`
-references.safetensors  {subject: (5, C, h, w) float16}, scaled latents of held-out photographs
+classifier/             stage 7, a classifier folder of `evaluation.evaluators.small_resnet`
+references.safetensors  {subject: (5, C, h, w) float16}, latents of held-out photographs
 features.safetensors    mean and covariance of the classifier's features on held-out photographs
 training.json           how each stage was trained and what it scored
+
+The model card beside it (README.md) is written from what was measured (`evaluate`).
 """
 
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-from safetensors.torch import load_file, save_file
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from safetensors.torch import save_file
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
+from cad.files import write_atomically
 from evaluation.evaluators.features import ClassifierFeatures, FeatureStatistics
 from evaluation.evaluators.small_resnet import load_classifier, save_classifier
-from experiments.miniature.captions import SUBJECTS
+from experiments.miniature.captions import STYLES, SUBJECTS
 from experiments.miniature.classifier import typical
-from experiments.miniature.denoiser import build_scheduler, scaling_factor
-from experiments.miniature.stages import Workshop
-
-log = logging.getLogger(__name__)
+from experiments.miniature.denoiser import build_scheduler
+from experiments.miniature.training import Workshop
 
 REFERENCES_PER_SUBJECT = 5  # paper Sec. 6.3
+CONTENTS = {
+    "pipeline": "the diffusion model",
+    "clip": "CLIP score, zero-shot style accuracy",
+    "classifier": "accuracy (ResNet-50's part), features for FID",
+    "references.safetensors": "latents of five held-out photographs a subject (Eq. 5)",
+    "features.safetensors": "feature statistics of the held-out photographs (FID)",
+}
 PREPROCESSOR = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}  # as clip.embed
 
 
@@ -49,24 +58,26 @@ def run(workshop: Workshop, output: str) -> dict[str, float]:
     save_file(references(workshop, pipeline), target / "references.safetensors")
     write_feature_statistics(workshop, target)
     stages = {name: entry for name, entry in workshop.reported().items() if name != "export"}
-    training = json.dumps(stages, indent=2) + "\n"
-    (target / "training.json").write_text(training)
-    size = sum(f.stat().st_size for f in target.rglob("*") if f.is_file())
-    log.info("exported to %s: %.1f MB", target, size / 1e6)
-    return {"megabytes": size / 1e6}
+    (target / "training.json").write_text(json.dumps(stages, indent=2) + "\n")
+    return {"megabytes": sum(_megabytes(target / name) for name in CONTENTS)}
 
 
-def assemble(workshop: Workshop) -> StableDiffusionPipeline:
-    """The pipeline of the trained parts, half precision, without a safety checker."""
+def assemble(
+    workshop: Workshop, unet: UNet2DConditionModel | None = None
+) -> StableDiffusionPipeline:
+    """The pipeline of the trained parts, by default with the finished denoiser.
+
+    Autoencoder and denoiser are in half precision, from which diffusers makes float32 by itself;
+    transformers would keep it, so the text encoder is in float32.
+    """
     clip = workshop.stage("clip")
-    latents = load_file(workshop.stage("latents") / "latents.safetensors")["latents"]
     vae = AutoencoderKL.from_pretrained(workshop.stage("autoencoder"))
-    unet = UNet2DConditionModel.from_pretrained(workshop.stage("denoiser"))
-    vae.register_to_config(scaling_factor=scaling_factor(latents), _name_or_path="miniature")
+    unet = unet or UNet2DConditionModel.from_pretrained(workshop.stage("denoiser"))
+    vae.register_to_config(_name_or_path="miniature")
     unet.register_to_config(_name_or_path="miniature")  # not the folder it was trained in
     return StableDiffusionPipeline(
         vae=vae.half(),
-        text_encoder=CLIPTextModel.from_pretrained(clip).half(),
+        text_encoder=CLIPTextModel.from_pretrained(clip).float(),
         tokenizer=CLIPTokenizer.from_pretrained(clip),
         unet=unet.half(),
         scheduler=build_scheduler(),
@@ -77,21 +88,51 @@ def assemble(workshop: Workshop) -> StableDiffusionPipeline:
 
 
 def references(workshop: Workshop, pipeline: StableDiffusionPipeline) -> dict[str, torch.Tensor]:
-    """Scaled latents of each subject's most typical held-out photographs that are recognised."""
-    held_out = workshop.photographs("val")
+    """Latents of each subject's most typical held-out photographs that are recognised."""
+    held_out = workshop.photographs["val"]
     classifier = load_classifier(workshop.stage("judge"))
     index = typical(classifier, held_out, REFERENCES_PER_SUBJECT)
     vae = pipeline.vae.float()
     latents = vae.encode(held_out.pixels(index) * 2 - 1).latent_dist.mode()
-    scaled = (latents * vae.config.scaling_factor).half()  # (11 * 5, C, h, w)
     vae.half()
-    parts = scaled.unflatten(0, (len(SUBJECTS), REFERENCES_PER_SUBJECT))
+    parts = latents.half().unflatten(0, (len(SUBJECTS), REFERENCES_PER_SUBJECT))
     return {name: part.contiguous() for name, part in zip(SUBJECTS, parts, strict=True)}
 
 
 def write_feature_statistics(workshop: Workshop, target: Path) -> None:
     """FID's reference: the held-out photographs' features, as the shipped classifier sees them."""
     extractor = ClassifierFeatures(str(target / "classifier"), "cpu")
-    images = workshop.photographs("val").images.permute(0, 2, 3, 1).numpy()  # (N, H, W, 3)
+    images = workshop.photographs["val"].images.permute(0, 2, 3, 1).numpy()  # (N, H, W, 3)
     parts = [extractor.features(part) for part in np.array_split(images, len(images) // 512 + 1)]
     FeatureStatistics.of(np.concatenate(parts)).save(target / "features.safetensors", extractor)
+
+
+def write_card(weights: Path) -> None:
+    """Write weights/README.md from evaluation.json, training.json and the files' sizes."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+    )
+    card = environment.get_template("card.md.j2").render(
+        measured=_read(weights / "evaluation.json"),
+        training=_read(weights / "training.json"),
+        unet=_read(weights / "pipeline" / "unet" / "config.json"),
+        vae=_read(weights / "pipeline" / "vae" / "config.json"),
+        subjects=SUBJECTS,
+        styles=STYLES,
+        contents=CONTENTS,
+        megabytes={name: _megabytes(weights / name) for name in CONTENTS},
+    )
+    write_atomically(weights / "README.md", card.encode())
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def _megabytes(path: Path) -> float:
+    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files) / 1e6

@@ -14,11 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_LUMA = (0.299, 0.587, 0.114)
-
 
 def _luminance(images: Tensor) -> Tensor:
-    weights = images.new_tensor(_LUMA).view(1, 3, 1, 1)
+    weights = images.new_tensor((0.299, 0.587, 0.114)).view(1, 3, 1, 1)
     return (images * weights).sum(1, keepdim=True)  # (N, 1, H, W)
 
 
@@ -99,12 +97,10 @@ def _glass_panes(height: int, width: int, panes: int = 49) -> tuple[Tensor, Tens
     """A fixed Voronoi partition: pane of each pixel (H*W,) int64, and lead lines (H, W) bool."""
     generator = torch.Generator().manual_seed(7)
     side = int(panes**0.5)
-    grid = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij"), -1)
-    jitter = torch.rand(side, side, 2, generator=generator)
-    centres = (grid + jitter).reshape(-1, 2) * torch.tensor((height / side, width / side))
-    pixels = torch.stack(
-        torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij"), -1
-    ).reshape(-1, 2)
+    grid = torch.cartesian_prod(torch.arange(side), torch.arange(side))
+    jitter = torch.rand(side, side, 2, generator=generator).reshape(-1, 2)
+    centres = (grid + jitter) * torch.tensor((height / side, width / side))
+    pixels = torch.cartesian_prod(torch.arange(height), torch.arange(width))  # (H*W, 2)
     pane = torch.cdist(pixels.float(), centres).argmin(1)
     plane = pane.view(height, width)
     lead = torch.zeros(height, width, dtype=torch.bool)
@@ -124,10 +120,5 @@ def stained_glass(images: Tensor) -> Tensor:
     return torch.where(lead, images.new_tensor(0.06), glass)
 
 
-STYLE_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "pencil_sketch": pencil_sketch,
-    "woodcut": woodcut,
-    "pop_art": pop_art,
-    "pointillism": pointillism,
-    "stained_glass": stained_glass,
-}
+_ALL = (pencil_sketch, woodcut, pop_art, pointillism, stained_glass)
+STYLE_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {draw.__name__: draw for draw in _ALL}

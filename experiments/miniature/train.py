@@ -1,8 +1,9 @@
-"""Train the miniature: `python -m experiments.miniature.train` (all stages, in order).
+"""Train the miniature: `python -m experiments.miniature.train teacher=FOLDER` (all stages).
 
-    python -m experiments.miniature.train stages=[classifier]       one stage
-    python -m experiments.miniature.train data.parquet=PATH         a local copy of the photographs
-    python -m experiments.miniature.train denoiser.schedule.steps=60000 device=cuda
+    ... stages=[classifier]                                           one stage
+    ... data.parquet=PATH                                             a copy of the photographs
+    ... device=cuda denoiser.schedule.steps=400000                    as long as it is worth
+    ... denoiser.schedule.steps=0 denoiser.schedule.decay=6000        finish, from where it is
 
 Every stage resumes from its last checkpoint, and is skipped if it was finished with the same
 settings from the same earlier results. With other settings it goes on from where it was; from other
@@ -11,10 +12,12 @@ results it refuses to: delete its folder to start it anew.
 
 from __future__ import annotations
 
-import importlib
 import logging
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.utils import instantiate
@@ -23,10 +26,22 @@ from omegaconf import DictConfig, OmegaConf
 from cad.checks import seed, texts
 from cad.errors import UserError
 from cad.models.base import resolve_device
-from experiments.miniature.stages import INPUTS, Workshop
+from experiments.miniature import autoencoder, classifier, clip, denoiser, export, teacher
+from experiments.miniature.training import INPUTS, Workshop
 from experiments.run.command_line import exit_status
 
 log = logging.getLogger(__name__)
+
+RUN: dict[str, Callable[..., dict[str, Any]]] = {
+    "selector": partial(classifier.run, stage="selector"),
+    "clip": clip.run,
+    "latents": teacher.run_latents,
+    "denoiser": denoiser.run,
+    "autoencoder": autoencoder.run,
+    "classifier": partial(classifier.run, stage="classifier"),
+    "judge": partial(classifier.run, stage="judge"),
+    "export": export.run,
+}
 
 
 @hydra.main(version_base="1.3", config_path="../../conf", config_name="programs/miniature")
@@ -40,25 +55,27 @@ def run_stages(config: DictConfig) -> None:
     if unknown:
         raise UserError(f"stages={list(config.stages)}: {sorted(unknown)} not in {list(INPUTS)}")
     parts = {stage: instantiate(config[stage], _convert_="all") for stage in config.stages}
-    workshop = Workshop(
+    workshop = open_workshop(config)
+    for stage in [each for each in INPUTS if each in config.stages]:
+        settings = OmegaConf.to_container(config[stage], resolve=True)
+        if stage != "export":  # which is quick, and done each time
+            if workshop.is_done(stage, settings):
+                log.info("%s: done with these settings, says report.json", stage)
+                continue
+            workshop.begin(stage)
+        figures = RUN[stage](workshop, **parts[stage])
+        workshop.report(stage, settings, figures)
+
+
+def open_workshop(config: DictConfig) -> Workshop:
+    """The work folder with what `config` says of data, seed and device."""
+    return Workshop(
         folder=Path(config.work).expanduser(),
         parquet=config.data.parquet,
         cache_folder=Path(config.data.cache).expanduser(),
         seed=seed("seed", config.seed),
         device=str(resolve_device(config.device)),
     )
-    for stage in INPUTS:
-        if stage not in config.stages:
-            continue
-        settings = OmegaConf.to_container(config[stage], resolve=True)
-        if stage != "export" and workshop.is_done(stage, settings):
-            log.info("%s: done with these settings, says %s", stage, workshop.report_file)
-            continue
-        if stage != "export":
-            workshop.begin(stage)
-        module = importlib.import_module(f"experiments.miniature.{stage}")
-        figures = module.run(workshop, **parts[stage])
-        workshop.report(stage, settings, figures)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,16 @@ def test_objects_are_worded_as_published_and_go_round_the_subjects():
     assert [prompt.group for prompt in prompts] == 2 * list(SUBJECTS)
 
 
+def test_images_of_a_subject_go_round_its_texts() -> None:
+    prompts = ObjectPrompts({"church": ["chapel", "abbey"], "face": "portrait"}, 3, seed=0)
+    texts = [prompt.text for prompt in build_prompts(prompts) if prompt.group == "church"]
+    assert texts == ["an image of a chapel", "an image of an abbey", "an image of a chapel"]
+    told = [["church", ["chapel", "abbey"]], ["face", "portrait"]]
+    assert prompts.settings()["subjects"] == told
+    with pytest.raises(UserError, match="must map names to texts"):
+        ObjectPrompts({"church": []}, 1, seed=0)
+
+
 def test_styles_cycle_the_subjects_and_are_grouped_by_style():
     prompts = build_prompts(styles())
     assert prompts[0].text == "an image of a church in the style of pop art"
