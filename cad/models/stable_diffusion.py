@@ -1,7 +1,7 @@
 """Stable Diffusion 1.x and 2.x, and the miniature: one CLIP text encoder and a UNet.
 
 Phi predicts the noise (epsilon; SD 1.x), the velocity v = alpha_t * epsilon - sigma_t * x_0
-(SD 2.1, the miniature) or the clean latent x_0 ("sample"), with alpha_t^2 = alpha_bar_t.
+(SD 2.1) or the clean latent x_0 ("sample"; the miniature), with alpha_t^2 = alpha_bar_t.
 """
 
 from __future__ import annotations
