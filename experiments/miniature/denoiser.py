@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import Generator, Tensor
 from transformers import CLIPModel, CLIPTokenizer
@@ -97,17 +97,16 @@ def build_denoiser(
     return network.to(memory_format=torch.channels_last)
 
 
-def build_scheduler() -> DDIMScheduler:
+def build_scheduler() -> DPMSolverMultistepScheduler:
     """Stable Diffusion's noise schedule, for a network that predicts the clean latent.
 
-    Sampling starts at the last timestep ("trailing"), where training ended.
+    DPM-Solver++ of second order, which gives in ten steps what DDIM gives in twenty. Sampling
+    starts at the last timestep ("trailing"), where training ended.
     """
-    return DDIMScheduler(
+    return DPMSolverMultistepScheduler(
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
         steps_offset=1,
         prediction_type="sample",
         timestep_spacing="trailing",

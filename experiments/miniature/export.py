@@ -1,4 +1,4 @@
-"""Stage 8: everything that ships, as package data under experiments/miniature/weights/.
+"""Stage 9: everything that ships, as package data under experiments/miniature/weights/.
 
 pipeline/               StableDiffusionPipeline, safetensors; loads in float32 without arguments
 clip/                   CLIPModel and its tokenizer
@@ -57,26 +57,28 @@ def run(workshop: Workshop, output: str) -> dict[str, float]:
     save_classifier(target / "classifier", classifier, dtype=torch.float16)
     save_file(references(workshop, pipeline), target / "references.safetensors")
     write_feature_statistics(workshop, target)
-    stages = {name: entry for name, entry in workshop.reported().items() if name != "export"}
+    stages = {name: _told(entry) for name, entry in workshop.reported().items() if name != "export"}
     (target / "training.json").write_text(json.dumps(stages, indent=2) + "\n")
     return {"megabytes": sum(_megabytes(target / name) for name in CONTENTS)}
 
 
 def assemble(
-    workshop: Workshop, unet: UNet2DConditionModel | None = None
+    workshop: Workshop, unet: UNet2DConditionModel | None = None, vae: str = "decoder"
 ) -> StableDiffusionPipeline:
     """The pipeline of the trained parts, by default with the finished denoiser.
+
+    `vae` is the stage whose autoencoder it has.
 
     Autoencoder and denoiser are in half precision, from which diffusers makes float32 by itself;
     transformers would keep it, so the text encoder is in float32.
     """
     clip = workshop.stage("clip")
-    vae = AutoencoderKL.from_pretrained(workshop.stage("autoencoder"))
+    autoencoder = AutoencoderKL.from_pretrained(workshop.stage(vae))
     unet = unet or UNet2DConditionModel.from_pretrained(workshop.stage("denoiser"))
-    vae.register_to_config(_name_or_path="miniature")
+    autoencoder.register_to_config(_name_or_path="miniature")
     unet.register_to_config(_name_or_path="miniature")  # not the folder it was trained in
     return StableDiffusionPipeline(
-        vae=vae.half(),
+        vae=autoencoder.half(),
         text_encoder=CLIPTextModel.from_pretrained(clip).float(),
         tokenizer=CLIPTokenizer.from_pretrained(clip),
         unet=unet.half(),
@@ -126,6 +128,12 @@ def write_card(weights: Path) -> None:
         megabytes={name: _megabytes(weights / name) for name in CONTENTS},
     )
     write_atomically(weights / "README.md", card.encode())
+
+
+def _told(stage: dict[str, Any]) -> dict[str, Any]:
+    """What is reported of a stage, but for where its teacher lay."""
+    settings = {key: value for key, value in stage["settings"].items() if key != "teacher"}
+    return stage | {"settings": settings}
 
 
 def _read(path: Path) -> dict[str, Any]:

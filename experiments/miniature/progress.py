@@ -43,7 +43,8 @@ def main(config: DictConfig) -> None:
 def show(config: DictConfig) -> None:
     """Add a row of progress.csv and a sheet for each guidance weight."""
     settings, workshop = config.progress, open_workshop(config)
-    if "autoencoder" not in workshop.reported():
+    done = [each for each in ("decoder", "autoencoder") if each in workshop.reported()]
+    if not done:
         raise UserError("progress needs the stages clip and autoencoder first")
     judges = outside(settings.judge)
     name = "decay" if settings.decayed else "checkpoint"
@@ -54,7 +55,7 @@ def show(config: DictConfig) -> None:
     unet = build_denoiser(latent_channels, size, *channels, width)
     steps = load_average(unet, workshop.stage("denoiser") / f"{name}.safetensors")
     pictures = steps * config.denoiser.schedule.batch_size
-    pipeline = assemble(workshop, unet).to(workshop.device, torch.float32)
+    pipeline = assemble(workshop, unet, done[0]).to(workshop.device, torch.float32)
     model = StableDiffusionModel("miniature", pipeline, SIZE)
     prompts = ObjectPrompts(OBJECTS, settings.per_subject, seed=0).build()
     folder = workshop.stage("progress")

@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from cad.checks import seed, texts
 from cad.errors import UserError
 from cad.models.base import resolve_device
-from experiments.miniature import autoencoder, classifier, clip, denoiser, export, teacher
+from experiments.miniature import autoencoder, classifier, clip, decoder, denoiser, export, teacher
 from experiments.miniature.training import INPUTS, Workshop
 from experiments.run.command_line import exit_status
 
@@ -40,6 +40,7 @@ RUN: dict[str, Callable[..., dict[str, Any]]] = {
     "autoencoder": autoencoder.run,
     "classifier": partial(classifier.run, stage="classifier"),
     "judge": partial(classifier.run, stage="judge"),
+    "decoder": decoder.run,
     "export": export.run,
 }
 

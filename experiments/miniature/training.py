@@ -36,7 +36,8 @@ INPUTS: dict[str, tuple[str, ...]] = {  # the stages whose results a stage start
     "classifier": (),
     "judge": ("classifier",),
     "denoiser": ("clip", "latents"),
-    "export": ("judge", "clip", "autoencoder", "denoiser"),
+    "decoder": ("autoencoder", "denoiser"),
+    "export": ("judge", "clip", "decoder", "denoiser"),
 }
 
 

@@ -18,7 +18,6 @@ from typing import Any, ClassVar, cast
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from cad.errors import UserError
-from experiments.run.configuration import CONF
 
 MINIATURE = "mini"
 MODEL, EDIT = "model", "edit"  # axes; every exhibit has the first
@@ -89,8 +88,7 @@ class Exhibit:
     models: list[str] = MISSING  # in a file: the paper's
     runs: list[str] = field(default_factory=list)  # overrides of every run
     axes: dict[str, dict[str, list[str]]] = MISSING  # overrides of values; a file may list values
-    # reason: {axis: value, ...}; with `lacking`, an option of conf/, only where there is none
-    skip: dict[str, dict[str, str]] = field(default_factory=dict)
+    skip: dict[str, dict[str, str]] = field(default_factory=dict)  # reason: {axis: value, ...}
     stands_for: dict[str, str] = field(default_factory=dict)  # value: the paper's in its place
     ours: list[str] = field(default_factory=list)  # values that the paper does not have
     added: list[str] = field(default_factory=list)  # nor these, which others have published
@@ -174,9 +172,6 @@ def read_exhibit(
                 found[key] += value if isinstance(value, list) else [value]
             else:
                 found[key] = value
-    lacking = {why: when.pop("lacking", "") for why, when in found["skip"].items()}
-    there = {why for why, option in lacking.items() if (CONF / f"{option}.yaml").is_file()}
-    found["skip"] = {why: when for why, when in found["skip"].items() if why not in there}
     for axis, values in found["axes"].items():  # [church] is short for {church: [concept=church]}
         if isinstance(values, list):
             found["axes"][axis] = {str(value): [f"{axis}={value}"] for value in values}

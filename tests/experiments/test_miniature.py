@@ -306,7 +306,7 @@ def test_a_repeated_photograph_is_found_among_those_of_its_subject() -> None:
     assert other[0] in (0, 1)  # subject 1 has that very colour, subject 0 has not
 
 
-STAGES = ("selector", "clip", "denoiser", "autoencoder", "classifier", "judge")
+STAGES = ("selector", "clip", "denoiser", "autoencoder", "decoder", "classifier", "judge")
 SMALL = {"steps": 1, "decay": 1, "batch_size": 4}
 TINY = [
     "latents.per_subject=1",
@@ -314,6 +314,8 @@ TINY = [
     "autoencoder.channels=[8,8,8,8]",
     "autoencoder.groups=8",
     "denoiser.channels=[32,32]",
+    "decoder.count=3",
+    "decoder.steps=2",
     "clip.text.num_hidden_layers=1",
     "clip.vision.num_hidden_layers=1",
     "progress.per_subject=1",

@@ -335,17 +335,11 @@ def test_robustness_tells_neighbours_and_what_was_there_before(tmp_path: Path) -
     assert drawing.says[1] == "Neighbours: of Church Tench and Gas pump; of Parachute Tench."
 
 
-def test_implicit_prompts_are_listed_where_there_are_some(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_implicit_prompts_are_the_miniature_s() -> None:
     def refused(model: str | None) -> set[str]:
         runs = composed_figure("robustness", model).list_runs()
         return {run.refused for run in runs if run.place["state"] == "implicit"}
 
-    monkeypatch.setattr("experiments.tables.exhibit.CONF", tmp_path)
-    assert refused("mini") == {"there is no prompts=implicit"}
-    (tmp_path / "prompts").mkdir()
-    (tmp_path / "prompts" / "implicit.yaml").touch()
     assert refused("mini") == {""}
     assert refused("sd14") == {"prompts=implicit is made for the miniature"}
 
