@@ -92,11 +92,11 @@ def draw(workshop: Workshop, count: int, steps: int, guidance: float, styled: fl
     subjects = [index % len(SUBJECTS) for index in range(count)]
     rows = map(captions.draw, zip(subjects, styles, strict=True), quantiles)
     texts = [captions.texts[row] for row in rows]
-    settings = {"steps": steps, "guidance": guidance, "kind": "default", "eta": 0.0, "size": None}
     parts = []
     for first in tqdm(range(0, count, BATCH), desc="drawn", unit="batch", disable=None):
         c = model.encode_prompts(texts[first : first + BATCH])
-        seeds = range(first, first + BATCH)[: len(texts[first : first + BATCH])]
-        x_0 = sample_latents(model, c, model.encode_prompts([""]), seeds, **settings)
+        seeds = range(first, min(first + BATCH, count))
+        empty = model.encode_prompts([""])
+        x_0 = sample_latents(model, c, empty, seeds, steps=steps, guidance=guidance)
         parts.append(x_0.half().cpu())
     return torch.cat(parts)

@@ -79,7 +79,7 @@ def read_prompts(cfg: DictConfig, prompt_sets: Mapping[str, PromptSet]) -> Promp
     targets = [concept.name for concept in cfg.concepts.values()]
     found = {}
     for use, prompt_set in prompt_sets.items():
-        prompts = build_prompts(prompt_set)
+        prompts: Sequence[Prompt] = build_prompts(prompt_set)
         groups = dict.fromkeys(prompt.group for prompt in prompts)
         for concept in cfg.concepts.values():
             if use != GENERAL and concept.name not in groups:

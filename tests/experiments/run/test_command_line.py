@@ -192,7 +192,8 @@ def test_jobs_in_processes_know_the_resolvers_and_tell_of_mistakes(
     assert ended.returncode == USAGE_ERROR, ended.stderr
     assert "run 0 of the sweep failed: golf balls are refused" in ended.stderr
     seen = json.loads((tmp_path / "sweep" / "1" / "seen.json").read_text())
-    assert seen == {"ratio": 0.015}
+    ratios = OmegaConf.load(REPOSITORY / "conf" / "fragments" / "ratios_erase.yaml")
+    assert seen == {"ratio": ratios.mini.church}
 
 
 @pytest.fixture

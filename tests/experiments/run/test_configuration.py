@@ -97,11 +97,9 @@ def test_hub_models_pin_a_revision(model: str) -> None:
         (("model=sd35", "concept=nudity"), 0.0003),
         (("edit=none",), None),
         (("edit=uce",), None),
-        ((), 0.07),
         (("edit=rescale",), 0.02),  # CAD-Erase's concepts are not its own
-        (("concept=face",), 0.015),
-        (("concept=face", "+values.ratio.value.mini.face=0.25"), 0.25),
-        (("concept=face", "values.ratio.value.mini.object=0.5"), 0.5),
+        (("concept=face", "values.ratio.value.mini.face=0.25"), 0.25),
+        (("concept=face", "edit=learned_mask", "values.ratio.value.mini.object=0.5"), 0.5),
         (("ratio.value=0.02",), 0.02),
     ],
 )
