@@ -7,6 +7,7 @@ Blocks of 32 KiB after a header of 7 bytes; a piece of a record has a checksum (
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 BLOCK = 32768
 HEADER = 7  # bytes, of the file and of a piece
+PATIENCE = 60.0  # seconds
 
 
 @dataclass
@@ -29,7 +31,14 @@ class OfflineRun:
 
 
 def read_offline_run(path: Path) -> OfflineRun:
-    """The run in a file `run-ID.wandb`."""
+    """The run in a file `run-ID.wandb`, which W&B's service may still write for a moment."""
+    given_up = time.monotonic() + PATIENCE
+    while (found := _read(path)).exit_code is None and time.monotonic() < given_up:
+        time.sleep(0.1)
+    return found
+
+
+def _read(path: Path) -> OfflineRun:
     found = OfflineRun(None)
     for record in records(path):
         kind = record.WhichOneof("record_type")
@@ -54,6 +63,8 @@ def records(path: Path) -> Iterator[Any]:
             continue
         length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
         at += HEADER
+        if at + length > len(data):
+            return
         whole += data[at : at + length]
         at += length
         if kind in (1, 4):
