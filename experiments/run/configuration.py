@@ -239,7 +239,8 @@ def check_once(overrides: Sequence[str]) -> None:
 def check_overrides(cfg: DictConfig, overrides: Sequence[str]) -> None:
     """Raise UserError for an override of a run that changes nothing, and for a choice named twice.
 
-    An override has an effect if another value of its key gives another run.
+    An override has an effect if another value of its key gives another run. A setting of a part
+    cannot be deleted: the part would fall back on a default that no file shows.
     """
     used = _used(cfg)
     for given in OverridesParser.create().parse_overrides(list(overrides)):
@@ -247,7 +248,13 @@ def check_overrides(cfg: DictConfig, overrides: Sequence[str]) -> None:
         if (CONF / key).is_dir():
             if isinstance(value, list) and len({*map(str, value)}) < len(value):
                 raise UserError(f"{given.input_line}: one is named twice; name each once")
-        elif _without(cfg, key) == used:
+            continue
+        section, _, name = key.rpartition(".")
+        part = OmegaConf.select(cfg, section) if section else None
+        kept = part if isinstance(part, DictConfig) and "_target_" in part else {name: value}
+        if given.is_delete() and name not in kept:
+            raise UserError(f"{given.input_line}: {key} needs a value; give it one, {key}=...")
+        if _without(cfg, key) == used:
             raise UserError(
                 f"{key} has no effect on this run of model={cfg.model.name}, "
                 f"edit={cfg.edit._target_.rpartition('.')[2]}: leave {given.input_line} out"

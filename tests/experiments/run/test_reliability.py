@@ -98,6 +98,7 @@ device=meta | device='meta' is unknown
 model.adapter.dtype=abc | model.adapter.dtype='abc' is unknown
 model.adapter.resolution=63 | a multiple of 8
 safety.mask=maybe | safety.mask='maybe' .* true or false
+~edit.attribution.steps | edit.attribution.steps needs a value
 ~edit | edit=None is not allowed; choose one of amplify
 ~engine | engine=None is not allowed; choose one of local
 logger=wandb logger.timeout=abc | logger.timeout=abc .* a number
