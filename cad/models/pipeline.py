@@ -148,8 +148,7 @@ class PipelineModel(DiffusionModel):
         if kind not in SAMPLERS:
             one_of(SAMPLERS)("sampler.kind", kind)
         template = self._first_order if kind == "ddim" else self._scheduler
-        schedule = type(template).from_config(template.config)
-        return Sampler(schedule, steps, self.device, eta)
+        return Sampler(type(template).from_config(template.config), steps, self.device, eta)
 
     @torch.no_grad()
     def encode_images(

@@ -52,7 +52,7 @@ class AttackStore(Store):
         """
         batched = replace(settings, batch_size=attack.batch_size)
         shared = {
-            "version": VERSION,
+            "attempt": VERSION,
             "model": model.provenance(),
             "edit": edit.fingerprint,
             **attack.settings(),

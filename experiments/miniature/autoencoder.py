@@ -63,14 +63,10 @@ def run(
         pixels = pixels.to(device).contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
             shown = teacher_decoder(z * std + mean).float().clamp(0, 1)
-        amount = noise * torch.rand(n, 1, 1, 1, generator=generator)
-        shaken = z + (amount * torch.randn(z.shape, generator=generator)).to(device)
-        drawn = network.decode(shaken).sample.float() / 2 + 0.5
+        drawn = network.decode(shaken(z, noise, generator)).sample.float() / 2 + 0.5
         return (
-            F.l1_loss(drawn, shown)
+            picture_loss(selector, drawn, shown, weights)
             + weights["photograph"] * F.l1_loss(drawn, pixels)
-            + weights["gradient"] * gradient_loss(drawn, shown)
-            + weights["perceptual"] * perceptual_loss(selector, drawn, shown)
             + encoder_loss(network, pixels[:k], z[:k])
         )
 
@@ -96,6 +92,21 @@ def build_autoencoder(
         force_upcast=False,
     )
     return network.to(memory_format=torch.channels_last)
+
+
+def shaken(z: Tensor, noise: float, generator: Generator) -> Tensor:
+    """Latents (N, C, h, w) with noise of a standard deviation between 0 and `noise`."""
+    amount = noise * torch.rand(len(z), 1, 1, 1, generator=generator)
+    return z + (amount * torch.randn(z.shape, generator=generator)).to(z.device)
+
+
+def picture_loss(
+    selector: SmallResNet, drawn: Tensor, wanted: Tensor, weights: dict[str, float]
+) -> Tensor:
+    """Between pictures (N, 3, H, W): L1, and `weights` times the terms gradient and perceptual."""
+    gradient = weights["gradient"] * gradient_loss(drawn, wanted)
+    perceptual = weights["perceptual"] * perceptual_loss(selector, drawn, wanted)
+    return F.l1_loss(drawn, wanted) + gradient + perceptual
 
 
 def encoder_loss(network: AutoencoderKL, pixels: Tensor, z: Tensor) -> Tensor:

@@ -8,16 +8,16 @@ on their gradients, and the perceptual term of the autoencoder's stage. The enco
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor
 from tqdm import tqdm
 
+from cad.identity import short_digest
 from cad.models.stable_diffusion import StableDiffusionModel
 from cad.sampling import sample_latents
 from evaluation.evaluators.small_resnet import load_classifier
-from experiments.miniature.autoencoder import gradient_loss, measure, perceptual_loss
+from experiments.miniature.autoencoder import measure, picture_loss, shaken
 from experiments.miniature.captions import SUBJECTS, Captions
 from experiments.miniature.clip import draw_styles
 from experiments.miniature.data import SIZE
@@ -46,7 +46,8 @@ def run(
     `weights` are as in the autoencoder's stage.
     """
     device = workshop.device
-    path = workshop.stage("decoder") / "drawn.safetensors"
+    made_by = short_digest([workshop.seed, count, steps, guidance, styled])
+    path = workshop.stage("decoder") / f"drawn-{made_by}.safetensors"
     if not path.exists():
         save_file({"latents": draw(workshop, count, steps, guidance, styled)}, path)
     drawn = load_file(path)["latents"]  # (count, C, h, w)
@@ -64,17 +65,12 @@ def run(
         chosen = torch.randint(len(data["latents"]), (n,), generator=generator)
         photographed = data["latents"][chosen, draw_styles(n, styled, generator)].float()
         others = drawn[torch.randint(len(drawn), (n,), generator=generator)].float()
-        z = torch.cat([photographed, others])  # (2 n, C, h, w)
-        amount = noise * torch.rand(2 * n, 1, 1, 1, generator=generator)
-        z = (z + amount * torch.randn(z.shape, generator=generator)).to(device)
+        z = torch.cat([photographed, others]).to(device)  # (2 n, C, h, w)
+        z = shaken(z, noise, generator)
         with torch.no_grad():
             wanted = teacher_decoder(z * std.to(device) + mean.to(device)).float().clamp(0, 1)
         pixels = network.decode(z).sample.float() / 2 + 0.5
-        return (
-            F.l1_loss(pixels, wanted)
-            + weights["gradient"] * gradient_loss(pixels, wanted)
-            + weights["perceptual"] * perceptual_loss(selector, pixels, wanted)
-        )
+        return picture_loss(selector, pixels, wanted, weights)
 
     average: AutoencoderKL = workshop.train("decoder", network, loss, schedule).cpu()
     average.save_pretrained(workshop.stage("decoder"))

@@ -250,9 +250,8 @@ def check_overrides(cfg: DictConfig, overrides: Sequence[str]) -> None:
                 raise UserError(f"{given.input_line}: one is named twice; name each once")
             continue
         section, _, name = key.rpartition(".")
-        part = OmegaConf.select(cfg, section) if section else None
-        kept = part if isinstance(part, DictConfig) and "_target_" in part else {name: value}
-        if given.is_delete() and name not in kept:
+        part = OmegaConf.select(cfg, section) if section and given.is_delete() else None
+        if isinstance(part, DictConfig) and "_target_" in part and name not in part:
             raise UserError(f"{given.input_line}: {key} needs a value; give it one, {key}=...")
         if _without(cfg, key) == used:
             raise UserError(

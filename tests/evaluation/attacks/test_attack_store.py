@@ -126,3 +126,8 @@ def test_a_file_is_addressed_by_all_that_counts(tiny_model, tmp_path, searched, 
         monkeypatch.setattr(Judging, name, changed)
         attack(tmp_path, tiny_model, prompts=PROMPTS[:1])
         assert files(tmp_path) == count
+    versions = (store, "VERSION"), (P4D, "version")
+    for total, (place, name) in enumerate(versions, start=13):
+        monkeypatch.setattr(place, name, 99)
+        attack(tmp_path, tiny_model, prompts=PROMPTS[:1])
+        assert files(tmp_path) == total
