@@ -51,7 +51,7 @@ class Contrastive(ScoredEdit):
     preserve_scale: float = 1.0  # lambda; 0: the concept's own scores
     penalty: str = "positive"  # P: "positive" | "absolute"
     over: str = "mean"  # the preserved concepts: "mean" | "max"
-    weighting: str = "model"  # of Eq. 4's timesteps (`EraseObjective`)
+    weighting: str = "model"  # of the timesteps in every J (`Objective`)
     compensation: Compensation = field(default_factory=Compensation)  # for the chosen weights
 
     def __post_init__(self) -> None:

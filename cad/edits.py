@@ -168,7 +168,7 @@ class ScoredEdit(Edit):
 class CADErase(ScoredEdit):
     """Algorithm 1: zeroes the components that promote the concept most (Eq. 4's positive ones).
 
-    `weighting` of Eq. 4's timesteps: "model" | "epsilon" (`EraseObjective`).
+    `weighting` of Eq. 4's timesteps: "model" | "epsilon" (`Objective`).
     """
 
     name = "erase"
@@ -185,15 +185,22 @@ class CADErase(ScoredEdit):
 
 @dataclass(eq=False)
 class CADAmplify(ScoredEdit):
-    """Algorithm 2: zeroes the components that suppress the concept most (Eq. 5's negative ones)."""
+    """Algorithm 2: zeroes the components that suppress the concept most (Eq. 5's negative ones).
+
+    `weighting` of Eq. 5's timesteps: "model" | "epsilon" (`Objective`).
+    """
 
     name = "amplify"
     sign = -1
 
     references: References
+    weighting: str = "model"
+
+    def __post_init__(self) -> None:
+        check(self, "edit", weighting=one_of(WEIGHTINGS))
 
     def objective(self, concept: Concept) -> Objective:
-        return AmplifyObjective(concept, self.references)
+        return AmplifyObjective(concept, self.references, self.weighting)
 
 
 @dataclass(eq=False)

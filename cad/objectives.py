@@ -42,12 +42,22 @@ Terms = Iterator[tuple[Comparison, Tensor]]
 
 
 class Objective(ABC):
-    """J(c, w) for one concept, estimated at the states of a `NoisePlan`."""
+    """J(c, w) for one concept, estimated at the states of a `NoisePlan`.
+
+    weighting "model" takes errors in the model's own parameterisation, "epsilon" those of the
+    noises which the predictions stand for (`DiffusionModel.epsilon_weight`): the published form,
+    also for a model that predicts v or x_0. Raises UserError for another weighting.
+    """
 
     name: ClassVar[str]
 
-    def __init__(self, concept: Concept) -> None:
+    def __init__(self, concept: Concept, weighting: str = "model") -> None:
         self.concept = concept
+        self.weighting = one_of(WEIGHTINGS)("edit.weighting", weighting)
+
+    def weight(self, model: DiffusionModel, t: Tensor) -> float:
+        """What J multiplies its term at timestep t () by."""
+        return model.epsilon_weight(t) if self.weighting == "epsilon" else 1.0
 
     def conditioning(self, model: DiffusionModel) -> Conditioning:
         """c, (1, ...)."""
@@ -83,16 +93,9 @@ class EraseObjective(Objective):
     x_t: DDIM with the concept's prompt. J measures how far the concept moves the prediction; a
     component with a positive score, removed, brings it nearer to the base prompt's.
 
-    weighting "model" takes the norm in the model's own parameterisation, "epsilon" that of the
-    noises which the predictions stand for (`DiffusionModel.epsilon_weight`): the published form,
-    also for a model that predicts v or x_0. Raises UserError for another weighting.
     """
 
     name = "erase"
-
-    def __init__(self, concept: Concept, weighting: str = "model") -> None:
-        super().__init__(concept)
-        self.weighting = one_of(WEIGHTINGS)("edit.weighting", weighting)
 
     def settings(self) -> Mapping[str, Any]:
         return {
@@ -113,7 +116,7 @@ class EraseObjective(Objective):
             if self.concept.base_prompt:
                 with torch.no_grad():
                     target = model.predict(visit.x_t, visit.t, c_b.expand(len(target)))
-            weight = model.epsilon_weight(visit.t) if self.weighting == "epsilon" else 1.0
+            weight = self.weight(model, visit.t)
             yield Comparison(visit.x_t, visit.t, target, weight), visit.conditional
 
     @staticmethod
@@ -126,14 +129,15 @@ class AmplifyObjective(Objective):
 
     x_t: latents of reference images with noise, at each DDIM timestep of the plan; mean over
     latent elements, sum over timesteps and images, mean over `samples` noises. The published form
-    compares with the noise; in another parameterisation the target is what that model predicts.
-    The plan's guidance, eta and trajectory have no part in it.
+    compares with the noise; in another parameterisation the target is what that model predicts,
+    and `weighting` "epsilon" makes the errors those of the noise again. The plan's guidance, eta
+    and trajectory have no part in it.
     """
 
     name = "amplify"
 
-    def __init__(self, concept: Concept, references: References) -> None:
-        super().__init__(concept)
+    def __init__(self, concept: Concept, references: References, weighting: str = "model") -> None:
+        super().__init__(concept, weighting)
         self.references = references
 
     def settings(self) -> Mapping[str, Any]:
@@ -141,6 +145,7 @@ class AmplifyObjective(Objective):
             "objective": self.name,
             "prompt": self.concept.prompt,
             "references": dict(self.references.settings(self.concept)),
+            "weighting": self.weighting,
         }
 
     def terms(self, model: DiffusionModel, plan: NoisePlan) -> tuple[int, Terms]:
@@ -159,7 +164,7 @@ class AmplifyObjective(Objective):
                 if index not in counted:
                     continue
                 x_t = model.add_noise(clean, noise, t)
-                at = Comparison(x_t, t, model.target(clean, noise, t))
+                at = Comparison(x_t, t, model.target(clean, noise, t), self.weight(model, t))
                 yield at, model.predict(x_t, t, c.expand(len(batch)))
 
     @staticmethod

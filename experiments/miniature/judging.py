@@ -8,76 +8,31 @@ held-out photographs, which nobody learned, say how near strangers are.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 from torchvision.utils import save_image
 
-from cad.errors import UserError
-from evaluation.evaluators.accuracy import Accuracy, Classifier, TorchvisionResNet50, canonical
-from evaluation.evaluators.base import Evaluator, Metric, label_of, score_image_set
+from evaluation.evaluators.base import Evaluator, Metric, score_image_set
+from evaluation.evaluators.outside import OutsideAccuracy, OutsideJudge
 from evaluation.evaluators.small_resnet import SmallResNet
 from evaluation.image_sets import ImageSet
-from evaluation.pixels import Pixels
 from experiments.miniature.captions import SUBJECTS
 from experiments.miniature.classifier import features
 from experiments.miniature.data import Photographs
 
 OBJECTS = {name: text for name, text in SUBJECTS.items() if name != "face"}  # ImageNet's
-IMAGENET = tuple(canonical(name) for name in TorchvisionResNet50.classes)
 
 
-@dataclass(frozen=True)
-class OutsideJudge(Classifier):
-    """An 8-bit ImageNet classifier, .tflite, of 1,001 outputs: a background, then IMAGENET.
-
-    It chooses among `classes`, in ImageNet's order. Needs `pip install ai-edge-litert`.
-    """
-
-    file: str
-    classes: tuple[str, ...] = IMAGENET
-
-    @property
-    def label(self) -> str:
-        return label_of(f"{Path(self.file).stem}-{len(self.classes)}", Path(self.file))
-
-    @cached_property
-    def network(self) -> Any:
-        """UserError if there is no such file."""
-        if not Path(self.file).is_file():
-            raise UserError(f"judge={self.file}: no such file; it takes a .tflite classifier")
-        from ai_edge_litert.interpreter import Interpreter
-
-        network = Interpreter(self.file, num_threads=1)
-        network.allocate_tensors()
-        return network
-
-    def probabilities(self, images: Pixels) -> Tensor:
-        (entry,), (exit_,) = self.network.get_input_details(), self.network.get_output_details()
-        side = int(entry["shape"][1])
-        outputs = [1 + i for i, name in enumerate(IMAGENET) if name in self.classes]
-        rows = []
-        for image in images:
-            pixels = Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC)
-            self.network.set_tensor(entry["index"], np.asarray(pixels)[None])
-            self.network.invoke()
-            rows.append(self.network.get_tensor(exit_["index"])[0][outputs])
-        return F.normalize(torch.from_numpy(np.stack(rows)).float(), p=1, dim=1)
-
-
-def outside(file: str) -> dict[str, Accuracy]:
+def outside(file: str) -> dict[str, OutsideAccuracy]:
     """Accuracy by an outside judge, which must choose among the ten objects, or may among all."""
-    judges = {"among_ten": OutsideJudge(file, tuple(OBJECTS)), "top1": OutsideJudge(file)}
+    judges = {"among_ten": OutsideJudge(file, OBJECTS), "top1": OutsideJudge(file)}
     for judge in judges.values():
         judge.load()
-    return {name: Accuracy(judge) for name, judge in judges.items()}
+    return {name: OutsideAccuracy(judge) for name, judge in judges.items()}
 
 
 def by_group(evaluator: Evaluator, *sets: ImageSet) -> dict[str, dict[str, float]]:

@@ -124,7 +124,7 @@ def test_restarted_scores_and_masks_equal_brute_force(tiny_model, parachute, tra
     assert wrong <= size / 1000
 
 
-def brute_force_amplify(model, x_0):
+def brute_force_amplify(model, x_0, weighting):
     """As above, over noised reference images: of two noises for each, one autograd call."""
     weights = trainable(model, "ff")
     c = model.encode_prompts(["parachute"]).tensors["states"]
@@ -136,21 +136,35 @@ def brute_force_amplify(model, x_0):
         for t in scheduler.timesteps:
             noise = torch.randn(image.shape, generator=generator)
             a, s = scheduler.alphas_cumprod[t].sqrt(), (1 - scheduler.alphas_cumprod[t]).sqrt()
-            prediction = model.denoiser((a * image + s * noise)[None], t, c).sample[0]
+            x_t = a * image + s * noise
+            prediction, kind = model.denoiser(x_t[None], t, c).sample[0], model.prediction_type
             targets = {"epsilon": noise, "v_prediction": a * noise - s * image, "sample": image}
-            target = targets[scheduler.config.prediction_type]
+            target = targets[kind]
+            if weighting == "epsilon":
+                clean = kind == "sample"
+                prediction = (x_t - a * prediction) / s if clean else a * prediction + s * x_t
+                target = noise
             total = total - (target - prediction).pow(2).mean() / SETTINGS.samples
     return weights_times_gradients(weights, total)
 
 
-@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_amplify_scores_equal_brute_force(tiny_model, parachute, tmp_path, prediction_type):
+@pytest.mark.parametrize(
+    ("prediction_type", "weighting"),
+    [
+        *((kind, "model") for kind in PREDICTION_TYPES),
+        ("v_prediction", "epsilon"),
+        ("sample", "epsilon"),
+    ],
+)
+def test_amplify_scores_equal_brute_force(
+    tiny_model, parachute, tmp_path, prediction_type, weighting
+):
     tiny_model._ddim.register_to_config(prediction_type=prediction_type)
     x_0 = torch.randn(2, *tiny_model.latent_shape, generator=torch.Generator().manual_seed(1))
     save_file({"parachute": x_0}, tmp_path / "references.safetensors")
-    objective = AmplifyObjective(parachute, LatentFile(tmp_path / "references.safetensors"))
-    scores = SETTINGS.scores(tiny_model, objective)
-    assert_scores_equal(scores, brute_force_amplify(tiny_model, x_0))
+    references = LatentFile(tmp_path / "references.safetensors")
+    scores = SETTINGS.scores(tiny_model, AmplifyObjective(parachute, references, weighting))
+    assert_scores_equal(scores, brute_force_amplify(tiny_model, x_0, weighting))
 
 
 def test_shared_and_restarted_trajectories_agree(tiny_model, parachute):

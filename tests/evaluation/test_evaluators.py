@@ -30,7 +30,7 @@ from evaluation.prompts import Prompt
 from experiments.run.configuration import CONF, compose
 
 NAMES = [file.stem for file in sorted((CONF / "evaluator").glob("*.yaml"))]
-NAMES.remove("default")
+NAMES = [name for name in NAMES if name not in ("default", "outside_accuracy")]
 OWN = ("open_accuracy", "style_accuracy")  # the paper has none such
 PUBLISHED = [name for name in NAMES if name not in OWN]
 FILES = {  # of the miniature's weights -> the evaluators that read them

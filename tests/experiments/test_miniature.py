@@ -21,8 +21,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cad.errors import UserError
+from evaluation.evaluators.accuracy import Accuracy, TorchvisionResNet50
 from evaluation.evaluators.clip_score import ClipFolder
+from evaluation.evaluators.outside import IMAGENET, OutsideJudge
 from evaluation.evaluators.small_resnet import SmallResNet, load_classifier
+from evaluation.prompts import Prompt
 from experiments.miniature import progress
 from experiments.miniature.captions import (
     FIRST_NAME_SHARE,
@@ -45,11 +48,12 @@ from experiments.miniature.denoiser import (
     subject_shares,
 )
 from experiments.miniature.export import write_card
-from experiments.miniature.judging import IMAGENET, OutsideJudge, nearest
+from experiments.miniature.judging import OBJECTS, nearest
 from experiments.miniature.styles import STYLE_FUNCTIONS
 from experiments.miniature.teacher import build_decoder, build_encoder, load_teacher
 from experiments.miniature.train import run_stages
 from experiments.miniature.training import Schedule, Training, Workshop, learning_rate
+from experiments.run.arguments import build
 from experiments.run.configuration import CONF, compose
 
 SHORT = Schedule(
@@ -283,12 +287,34 @@ def judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_judge_chooses_among_ten_and_among_all(judge: Path) -> None:
     pictures = np.zeros((2, 64, 64, 3), np.uint8)
     pictures[0] = 255
-    for classes, second in ((tuple(SUBJECTS)[:10], "church"), (IMAGENET, IMAGENET[998])):
-        outside = OutsideJudge(str(judge), classes)
+    for among, second in ((list(OBJECTS)[::-1], "church"), (None, IMAGENET[998])):
+        outside = OutsideJudge(str(judge), among)
         best = outside.probabilities(pictures).argmax(1).tolist()
-        assert [classes[i] for i in best] == ["golf_ball", second]
+        assert [outside.classes[i] for i in best] == ["golf_ball", second]
+    with pytest.raises(UserError, match="knows no lighthouse"):
+        _ = OutsideJudge(str(judge), ["Golf ball", "lighthouse"]).classes
     with pytest.raises(UserError, match="no such file"):
         OutsideJudge("nowhere.tflite").load()
+
+
+def test_the_outside_judge_is_an_evaluator(judge: Path) -> None:
+    def composed(*overrides: str) -> Accuracy:
+        cfg = compose(["evaluator=[outside_accuracy]", "prompts=objects", *overrides])
+        return build(cfg.evaluator.outside_accuracy)
+
+    evaluator = composed(f"outside_judge={judge}")
+    prompts = [
+        Prompt("an image of a golf ball", 0, "golf_ball"),
+        Prompt("a horn", 0, "french_horn"),
+    ]
+    records = evaluator.score(np.full((2, 64, 64, 3), 255, np.uint8), prompts)
+    assert [(each["predicted"], each["correct"]) for each in records] == [
+        ("golf_ball", True),
+        ("golf_ball", False),
+    ]
+    with pytest.raises(UserError, match="knows no face"):
+        composed(f"outside_judge={judge}", "prompts=objects_and_face").identity()
+    assert isinstance(composed().classifier, TorchvisionResNet50)
 
 
 def test_a_repeated_photograph_is_found_among_those_of_its_subject() -> None:

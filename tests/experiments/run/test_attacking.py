@@ -137,7 +137,7 @@ def test_who_cannot_judge_is_named(overrides: tuple[str, ...]) -> None:
 
 def test_evaluators_that_judge_say_by_which_record(weights: Path) -> None:
     judging = {"accuracy": "correct", "style_accuracy": "correct", "nudity": "count"}
-    judging |= {"face": "count", "open_accuracy": "correct"}
+    judging |= {"face": "count", "open_accuracy": "correct", "outside_accuracy": "correct"}
     for path in sorted((CONF / "evaluator").glob("*.yaml")):
         if path.stem != "default":
             (node,) = compose(f"evaluator=[{path.stem}]").evaluator.values()

@@ -129,7 +129,8 @@ def _concepts() -> list[DictConfig]:
 
 def test_what_a_ratio_is_of_follows_the_edit() -> None:
     assert compose("edit=erase").ratio.per == "layer"
-    assert compose("edit=amplify", "concept=chain_saw").ratio.per == "row"
+    assert compose("edit=amplify", "concept=chain_saw").ratio.per == "layer"
+    assert compose("edit=amplify", "model=sd14").ratio.per == "row"
     assert compose("edit=uce").ratio.per == compose("model=sd14").ratio.per == "row"
 
 
