@@ -54,16 +54,7 @@ def run(
         index, labels = balanced_batch(by_class, schedule.batch_size, generator)
         styles = draw_styles(len(labels), styled, generator)
         pixels = stylise(augment(photographs.pixels(index), generator), styles)
-        pairs, which = (labels * (PLAIN + 1) + styles).unique(return_inverse=True)  # (K,), (B,)
-        draws = torch.rand(len(pairs), generator=generator)
-        drawn = zip(pairs.tolist(), draws.tolist(), strict=True)
-        rows = [captions.draw(divmod(pair, PLAIN + 1), draw) for pair, draw in drawn]
-        images, texts = embed(model, pixels.to(device), ids[rows].to(device))
-        logits = model.logit_scale.exp().clamp(max=100) * images @ texts.T  # (B, K)
-        positives = F.one_hot(which).float()  # (B, K)
-        of_image = F.cross_entropy(logits, which.to(device))
-        of_text = F.cross_entropy(logits.T, (positives / positives.sum(0)).T.to(device))
-        return (of_image + of_text) / 2
+        return contrastive_loss(model, pixels.to(device), labels, styles, captions, ids, generator)
 
     average: CLIPModel = workshop.train("clip", model, loss, schedule).cpu()
     average.save_pretrained(folder)
@@ -84,6 +75,32 @@ def build_clip(
             projection_dim=projection_dim,
         )
     )
+
+
+def contrastive_loss(
+    model: CLIPModel,
+    pixels: Tensor,
+    labels: Tensor,
+    styles: Tensor,
+    captions: Captions,
+    ids: Tensor,
+    generator: Generator,
+) -> Tensor:
+    """Of pictures (B, 3, 64, 64) of subjects `labels` in `styles`, with one caption for each pair.
+
+    `ids` (captions, MAX_TOKENS) are those of `captions.texts`.
+    """
+    device = pixels.device
+    pairs, which = (labels * (PLAIN + 1) + styles).unique(return_inverse=True)  # (K,), (B,)
+    draws = torch.rand(len(pairs), generator=generator)
+    drawn = zip(pairs.tolist(), draws.tolist(), strict=True)
+    rows = [captions.draw(divmod(pair, PLAIN + 1), draw) for pair, draw in drawn]
+    images, texts = embed(model, pixels, ids[rows].to(device))
+    logits = model.logit_scale.exp().clamp(max=100) * images @ texts.T  # (B, K)
+    positives = F.one_hot(which).float()  # (B, K)
+    of_image = F.cross_entropy(logits, which.to(device))
+    of_text = F.cross_entropy(logits.T, (positives / positives.sum(0)).T.to(device))
+    return (of_image + of_text) / 2
 
 
 def embed(model: CLIPModel, pixels: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,16 +134,24 @@ def zero_shot(model: CLIPModel, tokenizer: CLIPTokenizer, workshop: Workshop) ->
     held_out, table = workshop.photographs["val"], caption_table()
     some = torch.arange(0, len(held_out), 5)
     pixels = held_out.pixels(some)
-
-    def seen(shown: Tensor, captions: list[str]) -> Tensor:
-        images, texts = embed(model, shown, tokenize(tokenizer, captions))
-        return (images @ texts.T).argmax(1)
-
     subjects = [next(iter(table[i, PLAIN])) for i in range(len(SUBJECTS))]
-    right = (seen(pixels, subjects) == held_out.labels[some]).float().mean()
-    words = ["a photo", *(next(iter(table[None, j])) for j in range(PLAIN))]
+    right = (seen(model, tokenizer, pixels, subjects) == held_out.labels[some]).float().mean()
+    drawn = (stylise(pixels, torch.full((len(pixels),), j)) for j in range(PLAIN))
     styles = [
-        (seen(stylise(pixels, torch.full((len(pixels),), j)), words) == j + 1).float().mean()
-        for j in range(PLAIN)
+        (seen_style(model, tokenizer, shown) == j + 1).float().mean()
+        for j, shown in enumerate(drawn)
     ]
     return {"subject_accuracy": float(right), "style_accuracy": float(sum(styles)) / PLAIN}
+
+
+def seen_style(model: CLIPModel, tokenizer: CLIPTokenizer, pixels: Tensor) -> Tensor:
+    """(N,) int64: 0 for "a photo", 1 and more for a style."""
+    table = caption_table()
+    words = ["a photo", *(next(iter(table[None, j])) for j in range(PLAIN))]
+    return seen(model, tokenizer, pixels, words)
+
+
+def seen(model: CLIPModel, tokenizer: CLIPTokenizer, pixels: Tensor, captions: list[str]) -> Tensor:
+    """The place (N,) of the caption that is nearest to each picture."""
+    images, texts = embed(model, pixels, tokenize(tokenizer, captions))
+    return (images @ texts.T).argmax(1)

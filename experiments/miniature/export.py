@@ -1,4 +1,4 @@
-"""Stage 9: everything that ships, as package data under experiments/miniature/weights/.
+"""Stage 10: everything that ships, as package data under experiments/miniature/weights/.
 
 pipeline/               StableDiffusionPipeline, safetensors; loads in float32 without arguments
 clip/                   CLIPModel and its tokenizer
@@ -6,6 +6,7 @@ classifier/             stage 7, a classifier folder of `evaluation.evaluators.s
 references.safetensors  {subject: (5, C, h, w) float16}, latents of held-out photographs
 features.safetensors    mean and covariance of the classifier's features on held-out photographs
 training.json           how each stage was trained and what it scored
+progress.csv            what an outside judge saw in between (`progress`), where it was asked
 
 The model card beside it (README.md) is written from what was measured (`evaluate`).
 """
@@ -13,10 +14,12 @@ The model card beside it (README.md) is written from what was measured (`evaluat
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -31,6 +34,7 @@ from experiments.miniature.classifier import typical
 from experiments.miniature.denoiser import build_scheduler
 from experiments.miniature.training import Workshop
 
+PROGRESS = "progress.csv"
 REFERENCES_PER_SUBJECT = 5  # paper Sec. 6.3
 CONTENTS = {
     "pipeline": "the diffusion model",
@@ -50,7 +54,7 @@ def run(workshop: Workshop, output: str) -> dict[str, float]:
     pipeline = assemble(workshop)
     pipeline.save_pretrained(target / "pipeline", safe_serialization=True)
     clip = workshop.stage("clip")
-    CLIPModel.from_pretrained(clip).half().save_pretrained(target / "clip")
+    CLIPModel.from_pretrained(workshop.stage("vision")).half().save_pretrained(target / "clip")
     CLIPTokenizer.from_pretrained(clip).save_pretrained(target / "clip")
     (target / "clip" / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR) + "\n")
     classifier = load_classifier(workshop.stage("judge"))
@@ -59,6 +63,8 @@ def run(workshop: Workshop, output: str) -> dict[str, float]:
     write_feature_statistics(workshop, target)
     stages = {name: _told(entry) for name, entry in workshop.reported().items() if name != "export"}
     (target / "training.json").write_text(json.dumps(stages, indent=2) + "\n")
+    if (workshop.folder / PROGRESS).exists():
+        shutil.copyfile(workshop.folder / PROGRESS, target / PROGRESS)
     return {"megabytes": sum(_megabytes(target / name) for name in CONTENTS)}
 
 
@@ -120,6 +126,7 @@ def write_card(weights: Path) -> None:
     card = environment.get_template("card.md.j2").render(
         measured=_read(weights / "evaluation.json"),
         training=_read(weights / "training.json"),
+        progress=_rows(weights / PROGRESS),
         unet=_read(weights / "pipeline" / "unet" / "config.json"),
         vae=_read(weights / "pipeline" / "vae" / "config.json"),
         subjects=SUBJECTS,
@@ -139,6 +146,10 @@ def _told(stage: dict[str, Any]) -> dict[str, Any]:
 def _read(path: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return content
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return pd.read_csv(path).to_dict("records") if path.exists() else []
 
 
 def _megabytes(path: Path) -> float:

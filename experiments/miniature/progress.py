@@ -27,7 +27,7 @@ from evaluation.prompts import ObjectPrompts
 from evaluation.sampler import SamplerSettings
 from experiments.miniature.data import SIZE
 from experiments.miniature.denoiser import build_denoiser
-from experiments.miniature.export import assemble
+from experiments.miniature.export import PROGRESS, assemble
 from experiments.miniature.judging import OBJECTS, by_group, first, outside, read, write_sheet
 from experiments.miniature.train import open_workshop
 from experiments.run.command_line import exit_status
@@ -68,7 +68,7 @@ def show(config: DictConfig) -> None:
         row = {"pictures": pictures, "weights": name, "guidance": guidance, "n": len(images)}
         row |= {"top1": told["top1"]["mean"]["value"]}
         row |= {group: cell["value"] for group, cell in told["among_ten"].items()}
-        path = workshop.folder / "progress.csv"
+        path = workshop.folder / PROGRESS
         pd.DataFrame([row]).to_csv(path, mode="a", header=not path.exists(), index=False)
         log.info("%s", row)
 

@@ -26,7 +26,16 @@ from omegaconf import DictConfig, OmegaConf
 from cad.checks import seed, texts
 from cad.errors import UserError
 from cad.models.base import resolve_device
-from experiments.miniature import autoencoder, classifier, clip, decoder, denoiser, export, teacher
+from experiments.miniature import (
+    autoencoder,
+    classifier,
+    clip,
+    decoder,
+    denoiser,
+    export,
+    teacher,
+    vision,
+)
 from experiments.miniature.training import INPUTS, Workshop
 from experiments.run.command_line import exit_status
 
@@ -41,6 +50,7 @@ RUN: dict[str, Callable[..., dict[str, Any]]] = {
     "classifier": partial(classifier.run, stage="classifier"),
     "judge": partial(classifier.run, stage="judge"),
     "decoder": decoder.run,
+    "vision": vision.run,
     "export": export.run,
 }
 

@@ -37,7 +37,8 @@ INPUTS: dict[str, tuple[str, ...]] = {  # the stages whose results a stage start
     "judge": ("classifier",),
     "denoiser": ("clip", "latents"),
     "decoder": ("autoencoder", "denoiser"),
-    "export": ("judge", "clip", "decoder", "denoiser"),
+    "vision": ("clip", "decoder"),
+    "export": ("judge", "clip", "decoder", "denoiser", "vision"),
 }
 
 

@@ -332,7 +332,9 @@ def test_a_repeated_photograph_is_found_among_those_of_its_subject() -> None:
     assert other[0] in (0, 1)  # subject 1 has that very colour, subject 0 has not
 
 
-STAGES = ("selector", "clip", "denoiser", "autoencoder", "decoder", "classifier", "judge")
+STAGES = (
+    *("selector", "clip", "denoiser", "autoencoder", "decoder", "classifier", "judge", "vision"),
+)
 SMALL = {"steps": 1, "decay": 1, "batch_size": 4}
 TINY = [
     "latents.per_subject=1",
@@ -361,6 +363,8 @@ def check_card(weights: Path) -> None:
     near = {"median": 0.5, "max": 0.75}
     measured |= {"classifier_validation": cell, "nearest": {"drawn": near, "held_out": near}}
     (weights / "evaluation.json").write_text(json.dumps(measured))
+    seen = {"pictures": 1000, "weights": "decay", "guidance": 6.0, "n": 9, "mean": 80.0, "top1": 30}
+    pd.DataFrame([seen]).to_csv(weights / "progress.csv", index=False)
     write_card(weights)
     card = (weights / "README.md").read_text()
     assert "64 x 64 pixels, 8 x 8 x 32 latents, whose clean state it predicts." in card
@@ -370,6 +374,7 @@ def check_card(weights: Path) -> None:
     )
     assert "| denoiser | 8 | 4 | 0 to 1, 1 to 2 |" in card
     assert "gas pump 0.15" in card
+    assert "| 1,000 | decayed | 6.0 | 9 | 80.0 | 30.0 |" in card
     del measured["outside"]["among_ten"], measured["nearest"]
     (weights / "evaluation.json").write_text(json.dumps(measured | {"outside": {}}))
     write_card(weights)
