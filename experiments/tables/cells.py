@@ -1,8 +1,9 @@
 """A table's cells: what its runs measured, the published value beside it, the best in bold.
 
-Bold is what is significantly better than each other edit (p < 0.05, not corrected for their
-number). Where images are judged one by one that is McNemar's exact test, since all edits share
-prompts and seeds; elsewhere the 95 % intervals must be disjoint, which is stricter.
+Bold is what is significantly better than each other edit, of a single one than the unedited model
+(p < 0.05, not corrected for their number). Where images are judged one by one that is McNemar's
+exact test, since all edits share prompts and seeds; elsewhere the 95 % intervals must be disjoint,
+which is stricter.
 """
 
 from __future__ import annotations
@@ -221,19 +222,24 @@ def _rivals(cells: Sequence[Cell], axis: str) -> list[list[Cell]]:
 
 
 def _mark_best(rivals: Sequence[Cell]) -> None:
-    """Mark the best edit, and its equals as printed; none while one is still to be run."""
+    """Mark the best edit, and its equals as printed; none while one is still to be run.
+
+    The unedited model is no rival but of a single edit.
+    """
     if any(cell.run is not None and cell.run.is_missing for cell in rivals):
         return
     scores = {
         place: round(cell.value.value, cell.shown.decimals)
         for place, cell in enumerate(rivals)
-        if cell.value is not None and cell.shown.best and cell.place.get(EDIT) != NO_EDIT
+        if cell.value is not None and cell.shown.best
     }
+    edits = {at: score for at, score in scores.items() if rivals[at].place.get(EDIT) != NO_EDIT}
+    scores = scores if len(edits) == 1 else edits
     better = max if rivals[0].shown.better is Better.high else min
     first = [place for place, score in scores.items() if score == better(scores.values())]
     rest = [place for place in scores if place not in first]
     if rest and all(differ(rivals[one], rivals[other]) for one in first for other in rest):
-        for place in first:
+        for place in edits.keys() & first:
             rivals[place].best = True
 
 

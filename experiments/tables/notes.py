@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from experiments.run.rendering import DASH
 from experiments.run.results import read_json
-from experiments.tables.cells import Cell
-from experiments.tables.exhibit import COST, METRIC, SEED, ListedRun, Table
+from experiments.tables.cells import NO_EDIT, Cell
+from experiments.tables.exhibit import COST, EDIT, METRIC, SEED, ListedRun, Table
 
 COMMIT_DIGITS = 12
 MARK = "†"  # the interval leaves the paper's value out
@@ -99,7 +99,9 @@ def _signs(table: Table, cells: Sequence[Cell]) -> str:
     if any(cell.excludes_paper for cell in cells):
         signs.append(f"{MARK}: the interval excludes the paper's value")
     if any(cell.best for cell in cells):
-        signs.append("bold: significantly better than every other edit (p < 0.05)")
+        edits = {*table.axes.get(EDIT, ())} - {NO_EDIT}
+        others = "every other edit" if len(edits) != 1 else "without the edit"
+        signs.append(f"bold: significantly better than {others} (p < 0.05)")
     if any(cell.value is None for cell in cells):
         signs.append(f"{DASH}: not run")
     return sentence("; ".join(signs)[:1].upper() + "; ".join(signs)[1:])

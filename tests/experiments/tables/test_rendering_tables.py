@@ -56,9 +56,9 @@ def texts(cells: list[Cell]) -> dict[tuple[str, str], str]:
 def test_cells_have_interval_paper_mark_and_best(tmp_path: Path) -> None:
     assert texts(cells_of(tmp_path, WHOLE)) == {
         ("church", "none"): "76.0 [72.1, 79.5] (76.20)",
-        ("church", "erase"): "4.4 [2.9, 6.6] (1.60)†",
+        ("church", "erase"): "**4.4** [2.9, 6.6] (1.60)†",
         ("tench", "none"): "81.0 [77.3, 84.2] (80.40)",
-        ("tench", "erase"): "0.2 [0.0, 1.1] (0.20)",
+        ("tench", "erase"): "**0.2** [0.0, 1.1] (0.20)",
     }
 
 
@@ -73,7 +73,7 @@ THREE = {"concept": ["church"], "edit": ["none", "erase", "uce", "esd"]}
 
 def best_of(tmp_path: Path, shown: dict[str, list[bool]]) -> list[str]:
     """The edits that are best where these images of the class were recognised after them."""
-    table = small_table(axes=THREE)
+    table = small_table(axes=THREE | {"edit": list(shown)})
     runs = []
     for run in table.list_runs():
         edit = run.place["edit"]
@@ -94,6 +94,8 @@ def test_the_best_is_so_by_the_paired_test_and_no_edit_is_none(tmp_path: Path) -
     assert best_of(tmp_path / "2", shown | {"uce": none}) == ["erase", "uce"]
     few = [True] * 5 + [False] * 15  # 5 of 5: p = 0.0625
     assert best_of(tmp_path / "3", shown | {"uce": few}) == []
+    assert best_of(tmp_path / "4", {"none": half, "erase": none}) == ["erase"]  # a single edit
+    assert best_of(tmp_path / "5", {"none": none, "erase": half}) == []
 
 
 def test_without_images_judged_one_by_one_intervals_must_be_disjoint(tmp_path: Path) -> None:
@@ -176,18 +178,18 @@ def test_every_format_from_one_layout(tmp_path: Path) -> None:
     assert {path.name for path in paths.values()} == {f"table01-sd14.{each}" for each in endings}
     markdown, tex, page = (paths[each].read_text() for each in endings[:3])
     assert "accuracy on the class, % ↓" in markdown
-    assert "| Church | 76.0 [72.1, 79.5] (76.20) | 4.4 [2.9, 6.6] (1.60)† |" in markdown
+    assert "| Church | 76.0 [72.1, 79.5] (76.20) | **4.4** [2.9, 6.6] (1.60)† |" in markdown
     for words in (
         r"\toprule",
-        r"Church & 76.0 & 4.4 \\",
+        r"Church & 76.0 & \textbf{4.4} \\",
         r"\multicolumn{3}{l}{\emph{accuracy on the class, \% $\downarrow$}} \\",
         "% Measured: accuracy on the class, %: n = 500",
-        r"\caption{accuracy.}",
+        r"\caption{accuracy. Bold: significantly the best.}",
         r" & Original & CAD-Erase \\",
     ):
         assert words in tex
     assert page.startswith("<!doctype html>")
-    assert "4.4<small>[2.9, 6.6]</small><i>(1.60)†</i>" in page
+    assert "<strong>4.4</strong><small>[2.9, 6.6]</small><i>(1.60)†</i>" in page
     frame = pd.read_csv(paths["csv"])
     assert list(frame["value"]) == [76.0, 4.4, 81.0, 0.2]
     assert list(frame["excludes_paper"]) == [False, True, False, False]
