@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,7 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def _rows(path: Path) -> Sequence[Mapping[Hashable, Any]]:
     return pd.read_csv(path).to_dict("records") if path.exists() else []
 
 
