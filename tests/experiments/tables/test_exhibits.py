@@ -176,8 +176,8 @@ def test_exhibits_of_the_miniature_share_their_runs() -> None:
     assert runs[9] < runs[2]
     assert runs[13] < runs[2]
     assert runs[14] < runs[2] | runs[4]
-    assert len(runs[12] & runs[6]) == 2  # the cassette player
-    tables = {3: 1, 4: 2, 5: 5, 6: 6, 8: 2, 9: 5, 10: 8, 11: 9, 12: 6}
+    assert runs[12] < runs[6]
+    tables = {3: 1, 4: 2, 5: 5, 6: 6, 8: 2, 9: 5, 10: 8, 11: 9, 12: 12}
     for (number, table), fast in itertools.product(tables.items(), (False, True)):
         shown = overrides_of(composed_figure(f"figure{number}", "mini", fast=fast))
         assert shown <= overrides_of(composed_table(table, "mini", fast=fast)), number

@@ -66,7 +66,7 @@ def test_a_table_is_made_measured_again_and_known_to_status(
     assert frame.loc["cassette_player", "value"].isna().all()
     assert list(frame.loc["parachute", "paper"]) == [63.2, 96.4]
     markdown = (folder / "table12-mini.md").read_text()
-    assert "2 steps, guidance 6, seed 0, float32" in markdown
+    assert "2 steps, guidance 1.5, seed 0, float32" in markdown
     assert "Not run yet: 2 runs of 4." in markdown
     images = {path: path.stat().st_mtime_ns for path in (tmp_path / "images").rglob("*.png")}
 
