@@ -92,7 +92,6 @@ class EraseObjective(Objective):
 
     x_t: DDIM with the concept's prompt. J measures how far the concept moves the prediction; a
     component with a positive score, removed, brings it nearer to the base prompt's.
-
     """
 
     name = "erase"

@@ -76,12 +76,13 @@ class OutsideJudge(Classifier):
 
     @property
     def _path(self) -> Path:
-        if not Path(self.file).is_file():
+        path = Path(str(self.file))
+        if not path.is_file():
             raise UserError(
-                f"judge={self.file}: no such file; it takes a published ImageNet classifier of 8 "
-                "bits and 1,001 outputs, a .tflite"
+                f"outside judge {path}: no such file; it takes a published ImageNet classifier of "
+                "8 bits and 1,001 outputs, a .tflite"
             )
-        return Path(self.file)
+        return path
 
 
 def outside_classifier(file: str | None, among: Iterable[str] | None, device: str) -> Classifier:
